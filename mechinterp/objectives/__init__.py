@@ -1,0 +1,55 @@
+"""Objectives by name: per-item losses of action logits. `get("utility_weighted", utility=u)`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.errors import SpecError
+from mechinterp.objectives.cross_entropy import cross_entropy
+from mechinterp.objectives.utility_weighted import utility_weighted
+
+__all__ = ["Objective", "cross_entropy", "get", "utility_weighted"]
+
+_OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "utility_weighted": utility_weighted,
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A named loss with its settings; call it with action logits and labels."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(
+        self, action_logits: Float[Tensor, "batch actions"], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        return _OBJECTIVES[self.name](action_logits, labels, **self.settings)
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings as plain values, for a provenance file."""
+        return {"name": self.name, **self.settings}
+
+
+def get(name: str, **settings: Any) -> Objective:
+    """The objective `name`; raises SpecError for an unknown objective or setting."""
+    if name not in _OBJECTIVES:
+        raise SpecError(
+            f"objective {name!r} does not exist; choose one of: {', '.join(_OBJECTIVES)}"
+        )
+    parameters = inspect.signature(_OBJECTIVES[name]).parameters.values()
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    required = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+    if not required <= set(settings) <= known:
+        raise SpecError(
+            f"objective {name!r} takes the settings {sorted(known)}, got {sorted(settings)}"
+        )
+    return Objective(name, settings)

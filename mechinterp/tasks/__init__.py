@@ -1,0 +1,51 @@
+"""Tasks by name. `get("triage", n_decoys=4)` makes one; `names()` lists them with a line each."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mechinterp.errors import TaskError
+
+if TYPE_CHECKING:
+    from mechinterp.tasks.base import Task
+
+# name -> (module, class, one line)
+_TASKS = {
+    "triage": (
+        "triage",
+        "Triage",
+        "synthetic findings in a record: known latents, known posterior",
+    ),
+    "digits": ("digits", "Digits", "8x8 images as tokens: is the digit in a subset of the ten?"),
+    "comparison": ("comparison", "Comparison", "is the first number larger? for language models"),
+}
+
+
+def names() -> dict[str, str]:
+    """Every task with a line about it."""
+    return {name: line for name, (_, _, line) in _TASKS.items()}
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of task `name`; raises TaskError for an unknown one."""
+    if name not in _TASKS:
+        raise TaskError(f"task {name!r} does not exist; choose one of: {', '.join(_TASKS)}")
+    module, cls, _ = _TASKS[name]
+    return getattr(import_module(f"mechinterp.tasks.{module}"), cls)
+
+
+def get(name: str, **settings: Any) -> Task:
+    """Make task `name` with `settings`; raises TaskError for an unknown task or setting."""
+    cls = task_class(name)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in settings:
+        if key not in known:
+            raise TaskError(
+                f"task {name!r} has no setting {key!r}; it has: {', '.join(sorted(known))}"
+            )
+    try:
+        return cls(**settings)
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"task {name!r}: {error}") from error

@@ -1,0 +1,1 @@
+"""Linear probes: solver, cross-validation, control tasks, transfer between checkpoints, erasure."""

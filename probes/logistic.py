@@ -1,0 +1,276 @@
+"""L2-regularised logistic and softmax regressions, many at once, each certified to be optimal.
+
+The objective is scikit-learn's with C = 1 / l2 and an unpenalised intercept; targets may be soft,
+items weighted, and a fixed offset added to the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.errors import AnalysisError, ConvergenceError
+from probes.solver import CurvatureBound, Problems, minimise
+
+_SINGLE_TOL = 1e-5  # what float32 reaches reliably; float64 goes on from there
+_UNSTABLE_LOGIT = 0.5  # at an optimum another Newton step moves no logit by nearly as much
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """k fitted logistic regressions.
+
+    `objective` is the minimum, a sum over items. `gradient_norm` is the certificate: the largest
+    entry of the gradient, divided by the total weight.
+    """
+
+    coef: Float[Tensor, "k d"]
+    intercept: Float[Tensor, " k"]
+    objective: Float[Tensor, " k"]
+    gradient_norm: Float[Tensor, " k"]
+    n_iter: int
+
+    def logits(
+        self, X: Float[Tensor, "n d"], offset: Float[Tensor, "n k"] | None = None
+    ) -> Float[Tensor, "n k"]:
+        """Log-odds for the rows of `X`."""
+        z = X.to(self.coef) @ self.coef.T + self.intercept
+        return z if offset is None else z + offset
+
+
+@dataclass(frozen=True)
+class SoftmaxFit:
+    """A softmax regression over a classes, or k of them; fields as for `LogisticFit`."""
+
+    coef: Float[Tensor, "*k a d"]
+    intercept: Float[Tensor, "*k a"]
+    objective: Float[Tensor, "*k"]
+    gradient_norm: Float[Tensor, "*k"]
+    n_iter: int
+
+    def logits(
+        self, X: Float[Tensor, "n d"], offset: Float[Tensor, "n *k a"] | None = None
+    ) -> Float[Tensor, "n *k a"]:
+        """Class logits for the rows of `X`."""
+        z = torch.einsum("nd,...d->n...", X.to(self.coef), self.coef) + self.intercept
+        return z if offset is None else z + offset
+
+
+def fit_logistic(
+    X: Float[Tensor, "n d"],
+    targets: Float[Tensor, "n k"],
+    *,
+    l2: float | Float[Tensor, " k"],
+    weights: Float[Tensor, "n k"] | Float[Tensor, " n"] | None = None,
+    offset: Float[Tensor, "n k"] | None = None,
+    init: LogisticFit | None = None,
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+) -> LogisticFit:
+    """Fit k logistic regressions of `targets` in [0, 1] on the same `X`, in float64.
+
+    Column j minimises  sum_i w_ij CE(t_ij, sigmoid(x_i . coef_j + intercept_j + offset_ij))
+    + l2_j / 2 |coef_j|^2. `init` is a warm start: an earlier fit of these k columns, or of one.
+
+    Raises AnalysisError for invalid input, such as a column whose targets are constant, and
+    ConvergenceError where `gradient_norm` stays above `tol`, or where l2 is 0 and the targets are
+    separable, so that no optimum exists.
+    """
+    if targets.ndim != 2 or len(targets) != len(X):
+        raise AnalysisError(f"targets: expected shape [{len(X)}, k], got {list(targets.shape)}")
+    if weights is None:
+        weights = torch.ones(1, device=X.device)
+    weights = (weights[:, None] if weights.ndim == 1 else weights).expand(targets.shape)
+    problems = _standardise(
+        X,
+        rearrange(targets, "n k -> k 1 n"),
+        rearrange(weights, "n k -> k n"),
+        None if offset is None else rearrange(offset, "n k -> k 1 n"),
+        l2,
+    )
+    start = None if init is None else (init.coef[:, None], init.intercept[:, None])
+    coef, intercept, objective, norm, n_iter = _solve(problems, start, tol, max_iter)
+    return LogisticFit(coef[:, 0], intercept[:, 0], objective, norm, n_iter)
+
+
+def fit_softmax(
+    X: Float[Tensor, "n d"],
+    targets: Float[Tensor, "n *k a"],
+    *,
+    l2: float | Float[Tensor, " k"],
+    offset: Float[Tensor, "n *k a"] | None = None,
+    init: SoftmaxFit | None = None,
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+) -> SoftmaxFit:
+    """Fit a softmax regression over a classes, or k of them side by side, in float64.
+
+    Rows of `targets` are >= 0 and sum to the item's weight. Minimises
+    -sum_ia t_ia log softmax_a(x_i . coef + intercept + offset_i) + l2 / 2 |coef|^2  with l2 > 0:
+    without a penalty the weights are determined only up to a vector common to all classes. Two
+    classes reduce to `fit_logistic` on their difference. `init` and errors as there.
+    """
+    if targets.ndim not in (2, 3) or len(targets) != len(X):
+        raise AnalysisError(f"targets: expected shape [{len(X)}, a], got {list(targets.shape)}")
+    options = {"tol": tol, "max_iter": max_iter}
+    if targets.ndim == 2:
+        start = None if init is None else _map_tensors(init, lambda value: value[None])
+        offset = None if offset is None else offset[:, None]
+        fit = fit_softmax(X, targets[:, None], l2=l2, offset=offset, init=start, **options)
+        return _map_tensors(fit, lambda value: value[0])
+
+    weights = targets.double().sum(-1)
+    shares = targets.double() / torch.where(weights > 0, weights, 1.0)[..., None]
+    if targets.shape[-1] == 2:
+        # coef_1 = -coef_0 = v / 2, so that l2 / 2 |coef|^2 = l2 / 4 |v|^2.
+        start = None if init is None else _as_difference(init)
+        offset = None if offset is None else offset[..., 1] - offset[..., 0]
+        half = torch.as_tensor(l2, dtype=torch.float64) / 2
+        fit = fit_logistic(
+            X, shares[..., 1], l2=half, weights=weights, offset=offset, init=start, **options
+        )
+        sign = torch.tensor([-0.5, 0.5], dtype=torch.float64, device=X.device)
+        coef = torch.einsum("a,kd->kad", sign, fit.coef)
+        intercept = torch.einsum("a,k->ka", sign, fit.intercept)
+        return SoftmaxFit(coef, intercept, fit.objective, fit.gradient_norm, fit.n_iter)
+    problems = _standardise(
+        X,
+        rearrange(shares, "n k a -> k a n"),
+        rearrange(weights, "n k -> k n"),
+        None if offset is None else rearrange(offset, "n k a -> k a n"),
+        l2,
+    )
+    if X.shape[1] and (problems.penalty.amax((1, 2)) == 0).any():
+        raise AnalysisError("l2: softmax regression needs l2 > 0; use a small value such as 1e-6")
+    start = None if init is None else (init.coef, init.intercept)
+    return SoftmaxFit(*_solve(problems, start, tol, max_iter))
+
+
+def _map_tensors(fit: SoftmaxFit, change: Callable[[Tensor], Tensor]) -> SoftmaxFit:
+    changed = {name: change(value) for name, value in vars(fit).items() if name != "n_iter"}
+    return replace(fit, **changed)
+
+
+def _as_difference(fit: SoftmaxFit) -> LogisticFit:
+    coef, intercept = fit.coef[:, 1] - fit.coef[:, 0], fit.intercept[:, 1] - fit.intercept[:, 0]
+    return LogisticFit(coef, intercept, fit.objective, fit.gradient_norm, fit.n_iter)
+
+
+def _standardise(
+    X: Float[Tensor, "n d"],
+    targets: Float[Tensor, "k c n"],
+    weights: Float[Tensor, "k n"],
+    offset: Float[Tensor, "k c n"] | None,
+    l2: float | Float[Tensor, " k"],
+) -> Problems:
+    """Check the input and write it as problems on a standardised design.
+
+    Standardising changes neither optimum nor penalty: coordinate j is penalised by l2 / scale_j^2.
+    """
+    double = {"dtype": torch.float64, "device": X.device}
+    targets, weights, l2 = targets.to(**double), weights.to(**double), torch.as_tensor(l2, **double)
+    offset = torch.zeros((), **double) if offset is None else offset.to(**double)
+    if l2.ndim > 1 or l2.numel() not in (1, len(targets)):
+        raise AnalysisError(f"l2: expected one number or {len(targets)}, got {list(l2.shape)}")
+    if not l2.isfinite().all() or (l2 < 0).any() or (weights < 0).any():
+        raise AnalysisError("l2, weights: must be finite and not negative")
+    if not ((targets >= 0) & (targets <= 1)).all():
+        raise AnalysisError("targets: must lie between 0 and 1; encode the two classes as 0 and 1")
+    present = (targets * weights[:, None]).sum(2)
+    if targets.shape[1] == 1:
+        present = torch.cat([present, ((1 - targets) * weights[:, None]).sum(2)], 1)
+    if (present <= 0).any():
+        column = int((present <= 0).any(1).nonzero()[0])
+        raise AnalysisError(
+            f"targets: in column {column} a class has no weight, so no intercept is optimal; "
+            "leave the column out or merge classes"
+        )
+    n, d = X.shape
+    design = torch.empty(
+        n, d + 1, **double
+    )  # worked on in place: fresh memory costs more than sums
+    design[:, :d], design[:, d] = X, 1
+    centre, scale = torch.zeros(d + 1, **double), torch.ones(d + 1, **double)
+    centre[:d] = design[:, :d].mean(0)
+    design -= centre
+    spread = torch.linalg.vector_norm(design[:, :d], dim=0) / n**0.5
+    for name, value in {"X": spread, "weights": weights.sum(), "offset": offset.sum()}.items():
+        if not value.isfinite().all():
+            raise AnalysisError(f"{name}: contains NaN or infinite values; remove those items")
+    varies = spread > 1e-10 * centre[:d].abs()
+    scale[:d] = torch.where(varies, spread, 1.0)
+    design /= scale
+    ridge = torch.nn.functional.pad(scale[:d] ** -2, (0, 1))
+    return Problems(
+        design=design,
+        targets=targets,
+        weights=weights,
+        offset=offset.expand(targets.shape),
+        penalty=l2.expand(len(targets))[:, None, None] * ridge,
+        centre=centre,
+        scale=scale,
+    )
+
+
+def _solve(
+    problems: Problems, start: tuple[Tensor, Tensor] | None, tol: float, max_iter: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """(coef, intercept, objective, gradient norm, iterations) in the coordinates of X."""
+    centre, scale = problems.centre[:-1], problems.scale
+    k, c, _ = problems.targets.shape
+    theta = problems.design.new_zeros(k, c, problems.design.shape[1])
+    if start is not None:
+        coef, intercept = start
+        theta[:] = torch.cat([coef * scale[:-1], (intercept + coef @ centre)[..., None]], -1)
+
+    # float32 does most of the work at half the cost; float64 finishes and certifies.
+    single = problems.single()
+    bound = CurvatureBound.of(single)
+    theta, n_single = minimise(
+        single, theta.float(), bound, tol=max(tol, _SINGLE_TOL), max_iter=max_iter
+    )
+    theta, n_double = minimise(problems, theta.double(), bound.double(), tol=tol, max_iter=max_iter)
+    n_iter = n_single + n_double
+
+    z = problems.logits(theta) + problems.offset
+    gradient = problems.gradient(z, theta)
+    gradient_norm = problems.certificate(gradient)
+    if not (gradient_norm <= tol).all():
+        worst = int(gradient_norm.nan_to_num(torch.inf).argmax())
+        raise ConvergenceError(
+            f"column {worst}: the gradient per unit of weight is {gradient_norm[worst]:.1e} > tol "
+            f"= {tol:.0e} after {n_iter} iterations; raise l2, tol or max_iter, or standardise X"
+        )
+    _refuse_separable(problems, z, gradient)
+    coef = theta[..., :-1] / scale[:-1]
+    intercept = theta[..., -1] - coef @ centre
+    return coef, intercept, problems.loss(z, theta), gradient_norm, n_iter
+
+
+def _refuse_separable(
+    problems: Problems, z: Float[Tensor, "k c n"], gradient: Float[Tensor, "k c D"]
+) -> None:
+    """Without a penalty a small gradient proves nothing: for separable targets it vanishes
+    at infinity.
+
+    There every Newton step still moves some logits by about 1; at an optimum it moves none.
+    """
+    free = problems.penalty.amax((1, 2)) == 0
+    if not free.any() or problems.design.shape[1] == 1:
+        return
+    problems, probability = problems.select(free), z[free, 0].sigmoid()
+    curvature = problems.weights * probability * (1 - probability)
+    hessian = torch.einsum("ni,kn,nj->kij", problems.design, curvature, problems.design)
+    step = torch.linalg.lstsq(hessian, gradient[free].mT, driver="gelsd").solution.mT
+    moved = (problems.logits(step)[:, 0] * (problems.weights > 0)).abs().amax(1)
+    if (moved > _UNSTABLE_LOGIT).any():
+        column = int(free.nonzero()[int(moved.argmax()), 0])
+        raise ConvergenceError(
+            f"column {column}: the targets are (nearly) separable, so that without a penalty there "
+            "is no optimum; set l2 > 0"
+        )

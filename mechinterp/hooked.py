@@ -1,0 +1,450 @@
+"""`HookedModel`: a Hugging Face causal language model, read and written at named sites.
+
+The raw model stays the single source of truth: it trains, samples and saves, and nothing here
+changes it. Blocks run one by one with the arguments that the model itself would give them, so a run
+may start at any layer and stop at any other, and the blocks outside are not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mechinterp.architectures import Architecture
+from mechinterp.contexts import Context, KeyValues, padding_arguments
+from mechinterp.errors import ModelError, SiteError
+from mechinterp.generation import generate
+from mechinterp.interventions import (
+    Activations,
+    Intervention,
+    Positions,
+    capturing,
+    intervening,
+    position_index,
+)
+from mechinterp.sites import Site
+
+if TYPE_CHECKING:
+    from mechinterp.checkpoints import Checkpoint
+
+Tokens = Int[Tensor, "batch pos"]
+Mask = Int[Tensor, "batch pos"]
+Resid = Float[Tensor, "batch pos d_model"]
+
+
+def load(path: str | Path | Checkpoint, **options: Any) -> HookedModel:
+    """Open a checkpoint as a `HookedModel`; options as in `HookedModel.from_checkpoint`."""
+    return HookedModel.from_checkpoint(path, **options)
+
+
+class HookedModel:
+    """A causal language model with named sites.
+
+    Methods that run the network build no gradient graph unless they are given `grad=True`; the
+    pieces (`block`, `final_norm`, `unembed`) follow torch's ambient mode. `positions` selects where
+    something is read or unembedded: None (all, output [batch pos ...]), an int or one position per
+    item as a LongTensor [batch] (output [batch ...]), or a list (output [batch n ...]). An
+    `attention_mask` [batch pos] of ones and zeros marks padding; each row's position ids then
+    count from its first real token, so padded rows give what they give alone.
+
+    Attributes:
+        model: the raw Hugging Face model, in eval mode.
+        architecture: its parts by role, see `mechinterp.architectures`.
+        checkpoint: where it was loaded from, or None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        checkpoint: Checkpoint | None = None,
+        self_test: bool = True,
+    ) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.architecture = Architecture(model)
+        if self_test:
+            self.self_test()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path | Checkpoint,
+        *,
+        dtype: str = "float32",
+        attn_implementation: str = "eager",
+        device: str = "cpu",
+        self_test: bool = True,
+    ) -> HookedModel:
+        """Open a checkpoint directory.
+
+        Args:
+            dtype: anything but float32 costs accuracy (in bfloat16 logits are off by whole units).
+            attn_implementation: `sdpa` is faster on long inputs, agrees with eager to about 1e-4 on
+                logits, and has no attention patterns.
+            self_test: check the hooks against the model (see `self_test`).
+
+        Raises:
+            CheckpointError: the checkpoint cannot be opened.
+            ModelError: its architecture is not supported, or the self-test failed.
+        """
+        from mechinterp.checkpoints import Checkpoint, open_checkpoint
+
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        model = checkpoint.load_model(
+            dtype=dtype, attn_implementation=attn_implementation, device=device
+        )
+        return cls(model, checkpoint=checkpoint, self_test=self_test)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, *, self_test: bool = True) -> HookedModel:
+        """Hook a live model, which goes on belonging to the caller.
+
+        Raises:
+            ModelError: it is in training mode or not supported, or the self-test failed.
+        """
+        return cls(model, self_test=self_test)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.architecture.blocks)
+
+    @property
+    def n_heads(self) -> int:
+        return self.architecture.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.architecture.n_kv_heads
+
+    @property
+    def d_model(self) -> int:
+        return self.architecture.d_model
+
+    @property
+    def d_head(self) -> int:
+        return self.architecture.d_head
+
+    @property
+    def d_vocab(self) -> int:
+        return self.architecture.d_vocab
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    # ---- whole runs ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        attention_mask: Mask | None = None,
+        positions: Positions = None,
+        grad: bool = False,
+    ) -> Float[Tensor, "batch *pos vocab"]:
+        """Logits of the Hugging Face model itself; with `positions` only those are unembedded."""
+        tokens, attention_mask = self._check(tokens, attention_mask)
+        arguments = {**padding_arguments(attention_mask), "use_cache": False}
+        with torch.set_grad_enabled(grad):
+            if positions is None:
+                return self.model(input_ids=tokens, **arguments).logits
+            hidden = self.architecture.base(input_ids=tokens, **arguments).last_hidden_state
+            return self.unembed(hidden[position_index(positions, hidden)])
+
+    __call__ = forward
+
+    def capture(
+        self,
+        tokens: Tokens,
+        sites: Site | str | Iterable[Site | str],
+        *,
+        positions: Positions = None,
+        attention_mask: Mask | None = None,
+        key_values: bool = False,
+    ) -> Activations:
+        """Activations at `sites`, without gradients. Blocks after the last one needed are not run.
+
+        Args:
+            key_values: also keep each block's attention keys and values, for all blocks.
+
+        Raises:
+            SiteError: a site is misspelt or not in this network.
+        """
+        sites = self._check_sites(sites)
+        stop = self.n_layers if key_values else 1 + max((s.layer for s in sites), default=-1)
+        caches = tuple(KeyValues() for _ in self.architecture.blocks) if key_values else ()
+        tokens, attention_mask = self._check(tokens, attention_mask)
+        with torch.no_grad():
+            resid, context = self.architecture.embed(tokens, attention_mask)
+            with capturing(self.architecture.blocks, sites, positions, grad=False) as captured:
+                self._run_blocks(resid, context, 0, stop, caches)
+        return Activations({site: captured[site] for site in sites}, caches)
+
+    def run(
+        self,
+        tokens: Tokens,
+        *,
+        sites: Site | str | Iterable[Site | str] = (),
+        interventions: Sequence[Intervention] = (),
+        capture_positions: Positions = None,
+        attention_mask: Mask | None = None,
+        positions: Positions = None,
+        grad: bool = False,
+    ) -> tuple[Float[Tensor, "batch *pos vocab"], Activations]:
+        """Logits at `positions` and activations at `sites` of one run, after any interventions.
+
+        With `grad=True` the activations are live: `torch.autograd.grad(f(logits), list(
+        activations.values()))` gives the gradients at the sites, resid_mid included.
+
+        Raises:
+            SiteError: a site is misspelt, not in this network, or cannot be written.
+            ModelError: an intervention did not fire exactly once.
+        """
+        sites = self._check_sites(sites)
+        self._check_sites(intervention.site for intervention in interventions)
+        tokens, attention_mask = self._check(tokens, attention_mask)
+        blocks = self.architecture.blocks
+        with torch.set_grad_enabled(grad):
+            resid, context = self.architecture.embed(tokens, attention_mask)
+            with (
+                intervening(blocks, interventions),
+                capturing(blocks, sites, capture_positions, grad=grad) as captured,
+            ):
+                resid = self._run_blocks(resid, context, 0, self.n_layers)
+            return self._logits(resid, positions), Activations(captured)
+
+    def run_with_interventions(
+        self,
+        tokens: Tokens,
+        interventions: Sequence[Intervention],
+        *,
+        attention_mask: Mask | None = None,
+        positions: Positions = None,
+        grad: bool = False,
+    ) -> Float[Tensor, "batch *pos vocab"]:
+        """Logits of a run with `interventions`, applied in order; see `run`."""
+        return self.run(
+            tokens,
+            interventions=interventions,
+            attention_mask=attention_mask,
+            positions=positions,
+            grad=grad,
+        )[0]
+
+    def run_from_layer(
+        self,
+        layer: int,
+        resid: Resid,
+        *,
+        attention_mask: Mask | None = None,
+        positions: Positions = None,
+        grad: bool = False,
+    ) -> Float[Tensor, "batch *pos vocab"]:
+        """Logits from the residuals that enter block `layer`; blocks below it are not run.
+
+        `layer == n_layers` is the final norm and unembedding alone.
+        """
+        with torch.set_grad_enabled(grad):
+            resid = self._resid_from_layer(layer, resid, attention_mask)
+            return self._logits(resid, positions)
+
+    def resid_from_layer(
+        self,
+        layer: int,
+        resid: Resid,
+        *,
+        attention_mask: Mask | None = None,
+        positions: Positions = None,
+        grad: bool = False,
+    ) -> Float[Tensor, "batch *pos d_model"]:
+        """What leaves the last block (before the final norm), from what enters block `layer`."""
+        with torch.set_grad_enabled(grad):
+            resid = self._resid_from_layer(layer, resid, attention_mask)
+            return resid[position_index(positions, resid)]
+
+    def generate(
+        self,
+        tokens: Tokens,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        attention_mask: Mask | None = None,
+        eos_token_id: int | None = None,
+    ) -> Tokens:
+        """Continue `tokens`, with a KV cache; returns prompt and continuation.
+
+        Samples from the full distribution: there is no top-k and no top-p. Rows that have produced
+        `eos_token_id` are filled up with it.
+
+        Args:
+            temperature: 0 is greedy.
+            generator: makes the sample reproducible; on the CPU, whatever the model's device.
+            attention_mask: needed for padded prompts, which must be padded on the left.
+        """
+        tokens, attention_mask = self._check(tokens, attention_mask)
+        return generate(
+            self.model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+            attention_mask=attention_mask,
+            eos_token_id=eos_token_id,
+        )
+
+    # ---- pieces ----------------------------------------------------------------------------------
+
+    def embed(self, tokens: Tokens, *, attention_mask: Mask | None = None) -> tuple[Resid, Context]:
+        """What enters block 0, and the context (masks, rotary embeddings) for `block`."""
+        return self.architecture.embed(*self._check(tokens, attention_mask))
+
+    def context(self, resid: Resid, *, attention_mask: Mask | None = None) -> Context:
+        """The context for residuals of this shape, whatever they hold."""
+        return self.architecture.context(resid, attention_mask)
+
+    def block(
+        self,
+        layer: int,
+        resid: Float[Tensor, "rows pos d_model"],
+        context: Context,
+        *,
+        cache: KeyValues | None = None,
+    ) -> Float[Tensor, "rows pos d_model"]:
+        """Run one block. For a suffix of the positions: `context.suffix(start)`, and a `cache` that
+        holds the keys and values of the positions before."""
+        return self.architecture.blocks[layer].run(resid, context.arguments[layer], cache)
+
+    def final_norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The norm before the unembedding."""
+        return self.architecture.final_norm(resid)
+
+    def unembed(
+        self,
+        normed: Float[Tensor, "*batch d_model"],
+        token_ids: Int[Tensor, " tokens"] | None = None,
+    ) -> Float[Tensor, "*batch vocab"]:
+        """Logits from the final norm's output, final soft cap included; all of them or some."""
+        return self.architecture.unembed(normed, token_ids)
+
+    def sites(self, grain: str) -> list[Site]:
+        """The sites of one grain at every layer."""
+        return [Site(grain, layer) for layer in range(self.n_layers)]
+
+    # ---- checks ----------------------------------------------------------------------------------
+
+    def self_test(self) -> None:
+        """Check on a few tokens that blocks run one by one give the model's logits, and that
+        resid_pre + attn_out + mlp_out == resid_post in every block (relative 1e-5 in float32).
+
+        Raises:
+            ModelError: they do not.
+        """
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.d_vocab, (2, 5), generator=generator)
+        mask = torch.ones_like(tokens)
+        tolerance = {torch.float64: 1e-5, torch.float32: 1e-5}.get(self.dtype, 2e-2)
+        grains = ("resid_pre", "head", "attn_out", "mlp_out", "resid_post")
+        sites = [site for grain in grains for site in self.sites(grain)]
+        expected = self.forward(tokens, attention_mask=mask)
+        logits, captured = self.run(tokens, sites=sites, attention_mask=mask)
+        _agree(logits, expected, tolerance, f"{self.architecture.name}: logits")
+        for block in self.architecture.blocks:
+            pre, z, attn_out, mlp_out, post = (captured[Site(g, block.layer)] for g in grains)
+            name = f"{self.architecture.name}, block {block.layer}:"
+            _agree(pre + attn_out + mlp_out, post, tolerance, f"{name} resid_post")
+            with torch.no_grad():
+                mid = pre if block.parallel else pre + attn_out
+                _agree(block.attn_out(z), attn_out, tolerance, f"{name} attn_out")
+                _agree(block.mlp_out(mid), mlp_out, tolerance, f"{name} mlp_out")
+
+    def _check(self, tokens: Tokens, attention_mask: Mask | None) -> tuple[Tokens, Mask | None]:
+        if self.model.training:
+            raise ModelError("the model is in training mode: call model.eval() first")
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+            raise ModelError(
+                f"tokens: expected integers [batch pos], got {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.d_vocab:
+            raise ModelError(f"tokens: ids must be 0 to {self.d_vocab - 1}, got {tokens.max()}")
+        if attention_mask is None:
+            self._refuse_left_padding(tokens)
+            return tokens.to(self.device), None
+        if attention_mask.shape != tokens.shape or not attention_mask.any(dim=1).all():
+            raise ModelError(
+                f"attention_mask: expected {tuple(tokens.shape)} with at least a 1 in every row, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        return tokens.to(self.device), attention_mask.to(self.device)
+
+    def _refuse_left_padding(self, tokens: Tokens) -> None:
+        config: Any = self.model.config.get_text_config()
+        pad, bos = config.pad_token_id, config.bos_token_id
+        if pad is None or tokens.shape[1] < 2:
+            return
+        padded = (tokens[:, : 2 if pad == bos else 1] == pad).all(dim=1)
+        if padded.any():
+            row = int(padded.nonzero()[0])
+            raise ModelError(
+                f"tokens: row {row} starts with the padding id {pad}; left-padded batches need an "
+                "attention_mask (ones where tokens are real)"
+            )
+
+    def _check_sites(self, sites: Site | str | Iterable[Site | str]) -> list[Site]:
+        if isinstance(sites, Site | str):
+            sites = [sites]
+        checked = [Site.parse(site) for site in sites]
+        for site in checked:
+            if site.layer >= self.n_layers:
+                raise SiteError(f"{site}: this network has layers 0 to {self.n_layers - 1}")
+            if site.grain == "pattern" and self.model.config._attn_implementation != "eager":
+                raise SiteError(f"{site}: load the model with attn_implementation='eager'")
+            self.architecture.blocks[site.layer].location(site)
+        return checked
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _resid_from_layer(self, layer: int, resid: Resid, attention_mask: Mask | None) -> Resid:
+        if self.model.training:
+            raise ModelError("the model is in training mode: call model.eval() first")
+        if not 0 <= layer <= self.n_layers:
+            raise SiteError(f"layer {layer}: this network has layers 0 to {self.n_layers}")
+        context = self.context(resid, attention_mask=attention_mask)
+        return self._run_blocks(resid, context, layer, self.n_layers)
+
+    def _run_blocks(
+        self,
+        resid: Resid,
+        context: Context,
+        start: int,
+        stop: int,
+        caches: Sequence[KeyValues] = (),
+    ) -> Resid:
+        for layer in range(start, stop):
+            cache = caches[layer] if caches else None
+            resid = self.block(layer, resid, context, cache=cache)
+        return resid
+
+    def _logits(self, resid: Resid, positions: Positions) -> Float[Tensor, "batch *pos vocab"]:
+        return self.unembed(self.final_norm(resid[position_index(positions, resid)]))
+
+
+def _agree(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    error = float((actual - expected).abs().max())
+    scale = max(1.0, float(expected.abs().max()))
+    if not error <= tolerance * scale:
+        raise ModelError(
+            f"{what} of the hooked model differ from the model's own by {error:.2g} (values up to "
+            f"{scale:.2g}); this model does not compute what its layout says and cannot be used"
+        )

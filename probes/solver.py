@@ -48,8 +48,7 @@ class Problems:
     def gradient(
         self, z: Float[Tensor, "k c n"], theta: Float[Tensor, "k c D"]
     ) -> Float[Tensor, "k c D"]:
-        predicted = z.sigmoid() if z.shape[1] == 1 else z.softmax(1)
-        residual = (predicted - self.targets) * self.weights[:, None]
+        residual = (link(z) - self.targets) * self.weights[:, None]
         rows = rearrange(residual, "k c n -> (k c) n") @ self.design
         return rearrange(rows, "(k c) D -> k c D", c=theta.shape[1]) + self.penalty * theta
 
@@ -70,57 +69,89 @@ class Problems:
         return Problems(**fields)
 
 
+def link(z: Float[Tensor, "k c n"]) -> Float[Tensor, "k c n"]:
+    """Probabilities from logits: of target 1 where c is 1, of each class otherwise."""
+    return z.sigmoid() if z.shape[1] == 1 else z.softmax(1)
+
+
 def _softplus(z: Tensor) -> Tensor:
     # torch's default is linear above 20, an error of 2e-9 that a float64 line search would feel.
     return torch.nn.functional.softplus(z, threshold=40)
 
 
 @dataclass(frozen=True)
-class CurvatureBound:
-    """h N_k (G + l2_k / (h N_k) diag(unit)): above the Hessian of problem k, wherever it is.
+class Metric:
+    """Approximate inverse Hessians, one for each logit's parameters, which precondition L-BFGS."""
 
-    G is the Gram matrix of the design per unit of weight, N_k the total weight, and h = 1/4
-    (logistic) or 1/2 (softmax; Böhning 1992, Annals of the Institute of Statistical Mathematics).
-    """
-
-    inverse: Float[Tensor, "strengths D D"]
-    group: Int[Tensor, " k"]  # which inverse serves a problem
-    size: Float[Tensor, " k"]  # h N_k
+    inverse: Float[Tensor, "groups D D"]
+    group: Int[Tensor, "k c"]  # which inverse serves a logit
+    size: Float[Tensor, " k"]  # the Hessian of problem k is about size_k times the group's
 
     @classmethod
-    def of(cls, problems: Problems) -> CurvatureBound:
-        total = problems.weights.sum(1)
-        size = (0.25 if problems.targets.shape[1] == 1 else 0.5) * total
-        share = (problems.weights / total[:, None]).mean(0)
-        gram = (problems.design * share[:, None]).T @ problems.design
+    def bound(cls, problems: Problems) -> Metric:
+        """h N_k (G + l2_k / (h N_k) diag(unit)), a bound on the Hessian everywhere.
+
+        G is the Gram matrix of the design per unit of weight, N_k the total weight, and h = 1/4
+        (logistic) or 1/2 (softmax; Böhning 1992, Ann. Inst. Statist. Math. 44).
+        """
+        total, c = problems.weights.sum(1), problems.targets.shape[1]
+        size = (0.25 if c == 1 else 0.5) * total
         strength = problems.penalty.amax((1, 2))
         unit = problems.penalty[strength.argmax(), 0] / strength.amax().clamp_min(_TINY)
         # It only preconditions, so one inverse serves all strengths within a factor of two.
         octaves, group = (strength / size).log2().round().unique(return_inverse=True)
-        # Collinear features and no penalty leave a null space: a little damping closes it.
-        diagonal = octaves.exp2()[:, None] * unit + 1e-6 * gram.diagonal().amax()
-        factor = torch.linalg.cholesky(gram + torch.diag_embed(diagonal))
-        return cls(torch.cholesky_inverse(factor), group, size)
+        gram = _grams(problems.design, (problems.weights / total[:, None]).mean(0, keepdim=True))
+        inverse = _inverses(gram, octaves.exp2()[:, None] * unit)
+        return cls(inverse, group[:, None].expand(-1, c), size)
+
+    @classmethod
+    def hessian(cls, problems: Problems, theta: Float[Tensor, "k c D"]) -> Metric:
+        """The Hessian at `theta`; for softmax its diagonal blocks, one per class."""
+        predicted = link(problems.logits(theta) + problems.offset)
+        curvature = predicted * (1 - predicted) * problems.weights[:, None]
+        k, c, _ = curvature.shape
+        grams = _grams(problems.design, rearrange(curvature, "k c n -> (k c) n"))
+        inverse = _inverses(grams, problems.penalty[:, 0].repeat_interleave(c, 0))
+        group = torch.arange(k * c, device=theta.device).view(k, c)
+        return cls(inverse, group, torch.ones_like(theta[:, 0, 0]))
 
     def solve(self, gradient: Float[Tensor, "k c D"]) -> Float[Tensor, "k c D"]:
         solution = torch.empty_like(gradient)
-        for index, inverse in enumerate(self.inverse):
-            members = self.group == index
-            solution[members] = gradient[members] @ inverse
+        for group in self.group.unique():
+            members = self.group == group
+            solution[members] = gradient[members] @ self.inverse[group]
         return solution / self.size[:, None, None]
 
-    def select(self, kept: Bool[Tensor, " k"]) -> CurvatureBound:
+    def select(self, kept: Bool[Tensor, " k"]) -> Metric:
         return replace(self, group=self.group[kept], size=self.size[kept])
 
-    def double(self) -> CurvatureBound:
+    def double(self) -> Metric:
         return replace(self, inverse=self.inverse.double(), size=self.size.double())
 
 
-class _Memory:
-    """L-BFGS's inverse Hessian: one memory per problem on top of the curvature bound."""
+def _grams(design: Float[Tensor, "n D"], weights: Float[Tensor, "g n"]) -> Float[Tensor, "g D D"]:
+    # A loop: one batched product would first write g scaled copies of the design to memory.
+    return torch.stack([(design * row[:, None]).T @ design for row in weights])
 
-    def __init__(self, bound: CurvatureBound) -> None:
-        self.bound = bound
+
+def _inverses(
+    grams: Float[Tensor, "#g D D"], penalty: Float[Tensor, "g D"]
+) -> Float[Tensor, "g D D"]:
+    """Inverses of gram + diag(penalty), damped until they are positive definite in rounding."""
+    ridge, largest = torch.diag_embed(penalty), grams.diagonal(dim1=1, dim2=2).amax(1)
+    for damping in (1e-7, 1e-5, 1e-3, 1.0):
+        added = damping * largest.clamp_min(_TINY)[:, None].expand(-1, grams.shape[-1])
+        factor, failed = torch.linalg.cholesky_ex(grams + torch.diag_embed(added) + ridge)
+        if not failed.any():
+            break
+    return torch.cholesky_inverse(factor)
+
+
+class _Memory:
+    """L-BFGS's inverse Hessian: one memory per problem on top of the metric."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # step, change, 1 / <step, change>
 
     def solve(self, gradient: Float[Tensor, "k c D"]) -> Float[Tensor, "k c D"]:
@@ -128,7 +159,7 @@ class _Memory:
         for step, change, inverse in reversed(self.pairs):
             coefficients.append(inverse * _inner(step, result))
             result -= coefficients[-1] * change
-        result = self.bound.solve(result)
+        result = self.metric.solve(result)
         for (step, change, inverse), coefficient in zip(
             self.pairs, reversed(coefficients), strict=True
         ):
@@ -141,7 +172,7 @@ class _Memory:
         self.pairs = [*self.pairs[1 - _MEMORY :], (step, change, inverse)]
 
     def select(self, kept: Bool[Tensor, " k"]) -> None:
-        self.bound = self.bound.select(kept)
+        self.metric = self.metric.select(kept)
         self.pairs = [(step[kept], change[kept], i[kept]) for step, change, i in self.pairs]
 
 
@@ -152,7 +183,7 @@ def _inner(a: Float[Tensor, "k c D"], b: Float[Tensor, "k c D"]) -> Float[Tensor
 def minimise(
     problems: Problems,
     theta: Float[Tensor, "k c D"],
-    bound: CurvatureBound,
+    metric: Metric,
     *,
     tol: float,
     max_iter: int,
@@ -166,7 +197,7 @@ def minimise(
     solution, iteration = theta.clone(), 0
     active = torch.arange(len(theta), device=theta.device)
     rounding = 10 * torch.finfo(theta.dtype).eps
-    memory = _Memory(bound)
+    memory = _Memory(metric)
     z = problems.logits(theta) + problems.offset
     loss, gradient = problems.loss(z, theta), problems.gradient(z, theta)
     stuck = torch.zeros_like(active, dtype=torch.bool)

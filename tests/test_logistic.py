@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit, logsumexp
 from sklearn.linear_model import LogisticRegression
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from mechinterp.errors import AnalysisError, ConvergenceError
+from probes.estimator import LogisticProbe
 from probes.logistic import fit_logistic, fit_softmax
 
 
@@ -186,8 +188,31 @@ def test_invalid_input_is_named():
         fit_logistic(X, Y, l2=torch.ones(3))
     with pytest.raises(AnalysisError, match=r"targets: expected shape \[300, k\]"):
         fit_logistic(X, Y[:, 0], l2=1.0)
-    with pytest.raises(ConvergenceError, match="after 2 iterations"):
+    with pytest.raises(ConvergenceError, match="after 1 iterations"):
         fit_logistic(X, Y, l2=1e-3, max_iter=1, tol=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["heavy tails", "separable", "rare class", "near rank 5"])
+@pytest.mark.parametrize("d", [20, 260])
+def test_hard_problems_converge_and_equal_scikit_learn(shape, d):
+    rng = np.random.default_rng(8)
+    n, w = 400, rng.normal(size=d)
+    X = rng.normal(size=(n, d))
+    y = X @ w > 0
+    if shape == "heavy tails":
+        X = X * rng.standard_t(1.5, size=(n, 1))
+        y = X @ w / np.linalg.norm(X, axis=1) + rng.normal(size=n) > 0
+    if shape == "rare class":
+        y = np.arange(n) < 3
+    if shape == "near rank 5":
+        X = X[:, :5] @ rng.normal(size=(5, d)) + 1e-3 * X
+        y = rng.uniform(size=n) < expit(X[:, 0])
+    X, y = torch.tensor(X), torch.tensor(y).double()
+    fit = fit_logistic(X, y[:, None], l2=0.01, tol=1e-8)
+    expected = oracle(X, y, 0.01)
+    np.testing.assert_allclose(
+        fit.logits(X)[:, 0], expected.decision_function(X.numpy()), rtol=1e-3, atol=1e-3
+    )
 
 
 problems = st.builds(
@@ -303,3 +328,22 @@ def test_softmax_refuses_what_has_no_optimum():
         fit_softmax(X, targets[:-1], l2=1.0)
     intercepts = fit_softmax(X[:, :0], targets[:, :4], l2=0.0, tol=1e-9).intercept
     torch.testing.assert_close(intercepts.softmax(0), targets[:, :4].mean(0), atol=1e-8, rtol=0)
+
+
+@parametrize_with_checks([LogisticProbe(tol=1e-10)])
+def test_scikit_learn_conventions(estimator, check):
+    check(estimator)
+
+
+def test_probe_equals_scikit_learn_with_names_for_classes_and_weights():
+    X, y = classes()
+    names = np.array(["ant", "bee", "cat", "dog"])[y]
+    weights = np.random.default_rng(0).exponential(size=len(y))
+    probe = LogisticProbe(l2=0.5, tol=1e-10).fit(X.numpy(), names, sample_weight=weights)
+    expected = oracle(X, y, 0.5, weights)
+    np.testing.assert_allclose(probe.coef_, expected.coef_, atol=1e-7)
+    np.testing.assert_allclose(
+        probe.predict_log_proba(X.numpy()), expected.predict_log_proba(X.numpy()), atol=1e-6
+    )
+    assert probe.score(X.numpy(), names) == expected.score(X.numpy(), y.numpy())
+    assert probe.gradient_norm_ <= 1e-10

@@ -260,9 +260,10 @@ class Architecture:
         self.n_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.n_heads
         self.d_model: int = config.hidden_size
         self.d_head: int = getattr(config, "head_dim", None) or self.d_model // self.n_heads
-        self.d_vocab: int = config.vocab_size
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._model, self._layout = model, layout
+        self._layout = layout
+        self._head = cast(nn.Linear, model.get_output_embeddings())
+        self.d_vocab: int = self._head.weight.shape[0]
         try:
             self.base = cast(PreTrainedModel, getattr(model, layout.base))
             self.final_norm = cast(nn.Module, getattr(self.base, layout.final_norm))
@@ -329,7 +330,7 @@ class Architecture:
         token_ids: Int[Tensor, " tokens"] | None = None,
     ) -> Float[Tensor, "*batch vocab"]:
         """Logits from the final norm's output, of all tokens or of `token_ids` in their order."""
-        head = cast(nn.Linear, self._model.get_output_embeddings())
+        head = self._head
         if token_ids is None:
             logits = head(normed)
         else:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mechinterp.architectures import Architecture
 from mechinterp.contexts import Context, KeyValues, padding_arguments
-from mechinterp.errors import ModelError, SiteError
+from mechinterp.errors import SiteError
 from mechinterp.generation import generate
 from mechinterp.interventions import (
     Activations,
@@ -28,9 +28,12 @@ from mechinterp.interventions import (
     intervening,
     position_index,
 )
+from mechinterp.model_checks import check_eval_mode, check_inputs, self_test
 from mechinterp.sites import Site
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from mechinterp.checkpoints import Checkpoint
 
 Tokens = Int[Tensor, "batch pos"]
@@ -68,6 +71,8 @@ class HookedModel:
     ) -> None:
         self.model = model
         self.checkpoint = checkpoint
+        self._bridge: TransformerBridge | None = None
+        check_eval_mode(model)
         self.architecture = Architecture(model)
         if self_test:
             self.self_test()
@@ -342,64 +347,32 @@ class HookedModel:
         """The sites of one grain at every layer."""
         return [Site(grain, layer) for layer in range(self.n_layers)]
 
+    def bridge(self) -> TransformerBridge:
+        """TransformerLens's view of the same weights, for its hook names and tools.
+
+        Built when first asked for and again after the weights moved on; see `mechinterp.bridge` for
+        what it refuses. The raw model is neither wrapped nor changed.
+        """
+        from mechinterp.bridge import build_bridge, fingerprint
+
+        if self._bridge is None or self._bridge.__dict__["_fingerprint"] != fingerprint(self):
+            self._bridge = build_bridge(self)
+        return self._bridge
+
     # ---- checks ----------------------------------------------------------------------------------
 
     def self_test(self) -> None:
-        """Check on a few tokens that blocks run one by one give the model's logits, and that
-        resid_pre + attn_out + mlp_out == resid_post in every block (relative 1e-5 in float32).
+        """Check on a few tokens that the hooks tell the truth; see `mechinterp.model_checks`.
 
         Raises:
             ModelError: they do not.
         """
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.d_vocab, (2, 5), generator=generator)
-        mask = torch.ones_like(tokens)
-        tolerance = {torch.float64: 1e-5, torch.float32: 1e-5}.get(self.dtype, 2e-2)
-        grains = ("resid_pre", "head", "attn_out", "mlp_out", "resid_post")
-        sites = [site for grain in grains for site in self.sites(grain)]
-        expected = self.forward(tokens, attention_mask=mask)
-        logits, captured = self.run(tokens, sites=sites, attention_mask=mask)
-        _agree(logits, expected, tolerance, f"{self.architecture.name}: logits")
-        for block in self.architecture.blocks:
-            pre, z, attn_out, mlp_out, post = (captured[Site(g, block.layer)] for g in grains)
-            name = f"{self.architecture.name}, block {block.layer}:"
-            _agree(pre + attn_out + mlp_out, post, tolerance, f"{name} resid_post")
-            with torch.no_grad():
-                mid = pre if block.parallel else pre + attn_out
-                _agree(block.attn_out(z), attn_out, tolerance, f"{name} attn_out")
-                _agree(block.mlp_out(mid), mlp_out, tolerance, f"{name} mlp_out")
+        self_test(self)
 
     def _check(self, tokens: Tokens, attention_mask: Mask | None) -> tuple[Tokens, Mask | None]:
-        if self.model.training:
-            raise ModelError("the model is in training mode: call model.eval() first")
-        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
-            raise ModelError(
-                f"tokens: expected integers [batch pos], got {tokens.dtype} {tuple(tokens.shape)}"
-            )
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.d_vocab:
-            raise ModelError(f"tokens: ids must be 0 to {self.d_vocab - 1}, got {tokens.max()}")
-        if attention_mask is None:
-            self._refuse_left_padding(tokens)
-            return tokens.to(self.device), None
-        if attention_mask.shape != tokens.shape or not attention_mask.any(dim=1).all():
-            raise ModelError(
-                f"attention_mask: expected {tuple(tokens.shape)} with at least a 1 in every row, "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        return tokens.to(self.device), attention_mask.to(self.device)
-
-    def _refuse_left_padding(self, tokens: Tokens) -> None:
-        config: Any = self.model.config.get_text_config()
-        pad, bos = config.pad_token_id, config.bos_token_id
-        if pad is None or tokens.shape[1] < 2:
-            return
-        padded = (tokens[:, : 2 if pad == bos else 1] == pad).all(dim=1)
-        if padded.any():
-            row = int(padded.nonzero()[0])
-            raise ModelError(
-                f"tokens: row {row} starts with the padding id {pad}; left-padded batches need an "
-                "attention_mask (ones where tokens are real)"
-            )
+        check_inputs(self.model, tokens, attention_mask)
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        return tokens.to(self.device), mask
 
     def _check_sites(self, sites: Site | str | Iterable[Site | str]) -> list[Site]:
         if isinstance(sites, Site | str):
@@ -416,8 +389,7 @@ class HookedModel:
     # ---- inside ----------------------------------------------------------------------------------
 
     def _resid_from_layer(self, layer: int, resid: Resid, attention_mask: Mask | None) -> Resid:
-        if self.model.training:
-            raise ModelError("the model is in training mode: call model.eval() first")
+        check_eval_mode(self.model)
         if not 0 <= layer <= self.n_layers:
             raise SiteError(f"layer {layer}: this network has layers 0 to {self.n_layers}")
         context = self.context(resid, attention_mask=attention_mask)
@@ -438,13 +410,3 @@ class HookedModel:
 
     def _logits(self, resid: Resid, positions: Positions) -> Float[Tensor, "batch *pos vocab"]:
         return self.unembed(self.final_norm(resid[position_index(positions, resid)]))
-
-
-def _agree(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    error = float((actual - expected).abs().max())
-    scale = max(1.0, float(expected.abs().max()))
-    if not error <= tolerance * scale:
-        raise ModelError(
-            f"{what} of the hooked model differ from the model's own by {error:.2g} (values up to "
-            f"{scale:.2g}); this model does not compute what its layout says and cannot be used"
-        )

@@ -43,7 +43,6 @@ _GEMMA = {
     "sliding_window": 4,
     "layer_types": _ALTERNATING,
     "final_logit_softcapping": 5.0,
-    "attn_logit_softcapping": 2.0,
 }
 
 CONFIGS: dict[str, Any] = {
@@ -68,7 +67,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=D_HEAD),
     "qwen3_wide_heads": lambda: Qwen3Config(**_GROUPED, head_dim=12),
-    "gemma2": lambda: Gemma2Config(**_GEMMA),
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=4),
     "olmo2": lambda: Olmo2Config(**_GROUPED),

@@ -1,0 +1,1 @@
+"""Training loops that leave trajectories: directories of log-spaced checkpoints."""

@@ -1,0 +1,57 @@
+"""The optimiser's state as safetensors beside a checkpoint: what a run needs to go on exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from mechinterp.errors import TrainingError
+
+DIRECTORY = "training_state"
+
+
+def state_files(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> dict[str, bytes]:
+    """Files to store inside the checkpoint of `step`, named by their path in it."""
+    tensors = {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return {
+        f"{DIRECTORY}/optimizer.safetensors": save(tensors),
+        f"{DIRECTORY}/state.json": json.dumps({"step": step}).encode(),
+    }
+
+
+def restore_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path
+) -> None:
+    """Give `optimizer` the state stored in `checkpoint`; the inverse of `state_files`."""
+    path = checkpoint / DIRECTORY / "optimizer.safetensors"
+    parameters = dict(model.named_parameters())
+    try:
+        tensors = load(path.read_bytes())
+        for key, tensor in tensors.items():
+            name, _, entry = key.rpartition("/")
+            optimizer.state[parameters[name]][entry] = tensor
+    except (OSError, KeyError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path}: not the optimiser state of this model ({error}); delete the run directory "
+            "and train again"
+        ) from error
+
+
+def has_state(checkpoint: Path) -> bool:
+    return (checkpoint / DIRECTORY / "state.json").is_file()
+
+
+def drop_state(checkpoint: Path) -> None:
+    """Delete the optimiser state of a checkpoint that a newer one has made useless."""
+    shutil.rmtree(checkpoint / DIRECTORY, ignore_errors=True)

@@ -372,7 +372,8 @@ def write_after(path: str, text: str, seconds: float) -> int:
     return os.getpid()
 
 
-def test_pool_order_threads_and_warm_workers(tmp_path):
+def test_pool_order_threads_and_warm_workers(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     path = str(tmp_path / "order.txt")
     jobs = [
         Job("last", write_after, {"path": path, "text": "c", "seconds": 0}, after=("slow", "next")),

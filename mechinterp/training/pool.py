@@ -116,6 +116,7 @@ def _start_worker() -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     # Bars of several workers would overwrite each other; the parent shows one for all.
     sys.stderr.isatty = lambda: False
+    # The variables came too late if the main module imports torch.
     import torch
 
     torch.set_num_threads(1)

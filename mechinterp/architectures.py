@@ -222,7 +222,7 @@ class Block:
         return Location(module, side, self._head_view(site))
 
     def _head_view(self, site: Site) -> Callable[[Tensor], Tensor]:
-        widths = [n * self.d_head for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
+        counts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
 
         def view(tensor: Tensor) -> Tensor:
             if site.grain != "head" and len(self.qkv) == 1:
@@ -230,7 +230,8 @@ class Block:
                 if self.qkv_by_head:
                     tensor = tensor.unflatten(-1, (self.n_heads, 3, self.d_head))[..., part, :]
                 else:
-                    tensor = tensor.split(widths, dim=-1)[part].unflatten(-1, (-1, self.d_head))
+                    start, n = sum(counts[:part]) * self.d_head, counts[part] * self.d_head
+                    tensor = tensor.narrow(-1, start, n).unflatten(-1, (-1, self.d_head))
             else:
                 tensor = tensor.unflatten(-1, (-1, self.d_head))
             return tensor if site.head is None else tensor[..., site.head, :]

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, N_LAYERS, SEQUENTIAL, random_tokens, tiny_model
+from tiny_models import FAMILIES, N_LAYERS, SEQUENTIAL, random_tokens, shared_model, tiny_model
 from transformers import AutoModelForCausalLM, BloomConfig, GraniteConfig, SmolLM3Config
 
 from mechinterp import architectures
-from mechinterp.architectures import Architecture, Layout
+from mechinterp.architectures import Layout
 from mechinterp.contexts import KeyValues, padding_arguments
 from mechinterp.errors import ModelError
 from mechinterp.hooked import HookedModel
@@ -37,8 +37,8 @@ def _no_grad():
 @pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("padding", PADDING)
 def test_blocks_one_by_one_are_the_model(family, implementation, padding):
-    model = tiny_model(family, attn_implementation=implementation)
-    architecture = Architecture(model)
+    hooked = shared_model(family, implementation)
+    model, architecture = hooked.model, hooked.architecture
     tokens, mask = random_tokens(3, LENGTH), PADDING[padding]
     expected = model(tokens, **padding_arguments(mask), output_hidden_states=True)
     x, context = architecture.embed(tokens, mask)
@@ -56,7 +56,7 @@ def test_blocks_one_by_one_are_the_model(family, implementation, padding):
 @pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_a_suffix_after_recorded_keys_and_values_is_the_whole_run(family, implementation, padding):
-    hooked = HookedModel(tiny_model(family, attn_implementation=implementation))
+    hooked = shared_model(family, implementation)
     tokens, mask = random_tokens(3, LENGTH), PADDING[padding]
     run = hooked.capture(
         tokens, ["resid_pre.0", "resid_post.2"], attention_mask=mask, key_values=True
@@ -80,10 +80,10 @@ def test_a_suffix_after_recorded_keys_and_values_is_the_whole_run(family, implem
 def test_masks_and_rotary_embeddings_differ_by_layer_where_the_family_says_so():
     tokens = random_tokens(1, LENGTH)
     for family in ("gemma2", "gemma3", "qwen2_sliding"):
-        arguments = Architecture(tiny_model(family)).embed(tokens)[1].arguments
+        arguments = shared_model(family).architecture.embed(tokens)[1].arguments
         kinds = {int((a["attention_mask"] == 0).sum()) for a in arguments}
         assert len(kinds) == 2, family  # full and sliding
-    arguments = Architecture(tiny_model("gemma3")).embed(tokens)[1].arguments
+    arguments = shared_model("gemma3").architecture.embed(tokens)[1].arguments
     assert not torch.equal(
         arguments[0]["position_embeddings"][0], arguments[1]["position_embeddings"][0]
     )
@@ -91,7 +91,7 @@ def test_masks_and_rotary_embeddings_differ_by_layer_where_the_family_says_so():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_add_up_from_the_pieces(family):
-    hooked = HookedModel(tiny_model(family))
+    hooked = shared_model(family)
     tokens = random_tokens(2, LENGTH)
     a = hooked.capture(
         tokens,
@@ -111,7 +111,7 @@ def test_parts_add_up_from_the_pieces(family):
 
 def test_unembedding_some_tokens_is_a_part_of_unembedding_all():
     for family in ("llama_tied_bias", "gemma2"):
-        architecture = Architecture(tiny_model(family))
+        architecture = shared_model(family).architecture
         x = torch.randn(2, 3, 32)
         some = torch.tensor([5, 0, 63])
         torch.testing.assert_close(
@@ -192,6 +192,6 @@ def test_the_self_test_finds_a_wrong_layout(monkeypatch, family, wrong):
 
 def test_every_family_says_whether_its_blocks_are_parallel():
     for family in FAMILIES:
-        architecture = Architecture(tiny_model(family))
+        architecture = shared_model(family).architecture
         assert architecture.parallel == (family not in SEQUENTIAL)
         assert len(architecture.blocks) == N_LAYERS

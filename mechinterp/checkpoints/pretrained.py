@@ -21,8 +21,8 @@ from mechinterp.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Fields of a config that change without the function changing: book-keeping, storage, outputs. So do
-# those that begin with an underscore.
+# Fields of a config that change while the function stays: book-keeping, storage and outputs. Those
+# that begin with an underscore do so too.
 _VOLATILE = {
     "architectures",
     "auto_map",
@@ -156,18 +156,21 @@ def fit_tensors(
         name, stored, expected = min(report["mismatched_keys"])
         raise CheckpointError(
             f"{directory}: tensor {name!r} has shape {tuple(stored)} but config.json asks for "
-            f"{tuple(expected)}{_others(report['mismatched_keys'])}; use the config.json that was "
-            "saved with these weights"
+            f"{tuple(expected)}{_others(report['mismatched_keys'])}; {_REMEDY}"
         )
     if report["error_msgs"]:
         raise CheckpointError(f"{directory}: {one_line(report['error_msgs'][0])}; save it again")
-    for kind, verb in (("missing_keys", "is missing"), ("unexpected_keys", "is not part")):
-        if report[kind]:
-            raise CheckpointError(
-                f"{directory}: tensor {min(report[kind])!r} {verb} of the {model_class.__name__} "
-                f"that config.json describes{_others(report[kind])}; use the config.json that was "
-                "saved with these weights, or save the model again"
-            )
+    described = f"the {model_class.__name__} that config.json describes"
+    if missing := report["missing_keys"]:
+        raise CheckpointError(
+            f"{directory}: has no tensor {min(missing)!r}{_others(missing)}, which {described} "
+            f"needs; {_REMEDY}"
+        )
+    if unexpected := report["unexpected_keys"]:
+        raise CheckpointError(
+            f"{directory}: has a tensor {min(unexpected)!r}{_others(unexpected)}, which "
+            f"{described} does not know; {_REMEDY}"
+        )
     ignored = model_class._keys_to_ignore_on_load_unexpected or ()
     ignored = re.compile("|".join([*ignored, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]))
     expected_names = set(model.state_dict()) | set(model.all_tied_weights_keys)
@@ -228,3 +231,6 @@ def _does_not_describe(path: Path, architecture: str, error: Exception) -> Check
 
 def _others(names: set[Any]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+_REMEDY = "use the config.json that was saved with these weights, or save the model again"

@@ -49,10 +49,10 @@ def save_checkpoint(
         try:
             with quiet_transformers():
                 model.save_pretrained(directory)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{directory}: the model cannot be saved ({one_line(error)}); save the raw Hugging "
-                "Face model, not one that a bridge has wrapped"
+                "Face model, not one that a bridge has wrapped, with a valid generation config"
             ) from error
         for weights in directory.glob("*.safetensors"):  # safetensors lets only their owner read
             weights.chmod((directory / CONFIG).stat().st_mode)

@@ -1,0 +1,106 @@
+"""Resume a recorded run at any block and position: run blocks on a suffix of positions alone.
+
+In a causal network whose positions meet only in attention, a change at position p and block l
+touches neither earlier blocks nor earlier positions. So a recorded run keeps what enters every
+block, and the keys and values of every attention; a changed run then starts at block l with
+positions p onwards, and its attention reads the recorded keys and values of the positions before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.contexts import Context, KeyValues
+from mechinterp.hooked import HookedModel
+from mechinterp.interventions import Activations
+from mechinterp.sites import Site
+
+TOLERANCE = 1e-4  # of the largest residual, when `resumable` compares two ways to one number
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """One unpatched forward pass, kept so that it can be resumed. Made by `record`.
+
+    `resid[l]` is what enters block l; `resid[n_layers]` is what enters the final norm.
+    """
+
+    model: HookedModel
+    context: Context
+    padded: bool
+    resid: tuple[Float[Tensor, "items positions d_model"], ...]
+    activations: Activations
+
+    def suffix(self, start: int) -> Suffix:
+        """This run from position `start` on."""
+        return Suffix(self, start, self.context.suffix(start))
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """A recorded run from position `start` on."""
+
+    run: RecordedRun
+    start: int
+    context: Context
+
+    def block(
+        self, layer: int, x: Float[Tensor, "rows suffix d_model"], items: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows suffix d_model"]:
+        """Block `layer` on positions `start` onwards; row r continues recorded item `items[r]`."""
+        recorded = self.run.activations.key_values[layer]
+        assert recorded.keys is not None
+        assert recorded.values is not None
+        prefix = KeyValues(
+            recorded.keys[:, :, : self.start].index_select(0, items),
+            recorded.values[:, :, : self.start].index_select(0, items),
+        )
+        context = self.context.rows(items) if self.run.padded else self.context
+        return self.run.model.block(layer, x, context, cache=prefix)
+
+
+@torch.no_grad()
+def record(
+    model: HookedModel,
+    tokens: Int[Tensor, "items positions"],
+    *,
+    attention_mask: Int[Tensor, "items positions"] | None = None,
+    sites: Iterable[Site] = (),
+) -> RecordedRun:
+    """Run `tokens` and keep what a resumed run needs, with the activations at `sites`."""
+    stream = [*model.sites("resid_pre"), Site("resid_post", model.n_layers - 1)]
+    activations = model.capture(
+        tokens, {*stream, *sites}, attention_mask=attention_mask, key_values=True
+    )
+    context = model.embed(tokens, attention_mask=attention_mask)[1]
+    resid = tuple(activations[site] for site in stream)
+    return RecordedRun(model, context, attention_mask is not None, resid, activations)
+
+
+@torch.no_grad()
+def resumable(model: HookedModel, tokens: Int[Tensor, "items positions"]) -> bool:
+    """Whether a run of this network can be resumed, found by trying it on the first item.
+
+    Two things must hold: another last token leaves all earlier positions as they were (causality),
+    and a run resumed half-way, with nothing changed, arrives where the recorded one did (positions
+    meet in attention only, and its keys and values are all in the cache).
+    """
+    probe = tokens[:1].repeat(2, 1)
+    probe[1, -1] = (probe[1, -1] + 1) % model.d_vocab
+    run = record(model, probe, attention_mask=torch.ones_like(probe))
+    if any(cache.keys is None for cache in run.activations.key_values):
+        return False
+    final = run.resid[-1]
+    items = torch.arange(2, device=final.device)
+    suffix = run.suffix(probe.shape[1] // 2)
+    x = run.resid[0][:, suffix.start :]
+    for layer in range(model.n_layers):
+        x = suffix.block(layer, x, items)
+    atol = TOLERANCE * float(final.abs().max())
+    causal = torch.allclose(final[0, :-1], final[1, :-1], rtol=0, atol=atol)
+    return causal and torch.allclose(x, final[:, suffix.start :], rtol=0, atol=atol)

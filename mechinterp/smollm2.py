@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mechinterp.checkpoints import Checkpoint, Provenance, open_checkpoint, save_checkpoint
 from mechinterp.checkpoints.pretrained import quiet_transformers
+from mechinterp.checkpoints.saving import check_replaceable
 from mechinterp.errors import CheckpointError
 from mechinterp.files import file_hash
 
@@ -43,6 +44,7 @@ def fetch_smollm2(directory: str | Path) -> Checkpoint:
         if checkpoint.provenance is None or checkpoint.provenance.extra.get("source") != source:
             raise CheckpointError(f"{directory}: is another checkpoint; choose another directory")
         return checkpoint
+    check_replaceable(Path(directory))
     return save_checkpoint(
         _load_model(gguf),
         directory,

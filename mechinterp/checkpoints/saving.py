@@ -42,7 +42,7 @@ def save_checkpoint(
     "training_state/optimizer.safetensors"; opening a checkpoint ignores them.
     """
     path = Path(path)
-    _check_replaceable(path)
+    check_replaceable(path)
     provenance = provenance or Provenance()
     provenance = replace(provenance, versions=library_versions() | provenance.versions)
     with _errors_name(path), atomic_directory(path) as directory:
@@ -76,7 +76,7 @@ def with_action_shift(
     so edit neither checkpoint in place; elsewhere they are copies.
     """
     path = Path(path)
-    _check_replaceable(path)
+    check_replaceable(path)
     if not is_action_shift(shift := tuple(shift)):
         raise CheckpointError(f"{path}: shift {shift} must be finite numbers, one for each action")
     origin = checkpoint.provenance or Provenance(versions=library_versions())
@@ -98,7 +98,7 @@ def with_action_shift(
     return replace(checkpoint, path=path, provenance=provenance)
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
     """Saving replaces a directory, which must not be one with anything but a checkpoint in it."""
     if path.is_dir() and any(path.iterdir()):
         names = {entry.name for entry in path.iterdir()}

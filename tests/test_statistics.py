@@ -16,6 +16,7 @@ from mechinterp.errors import AnalysisError
 values = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=9)
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")
 @settings(deadline=None)
 @given(values, st.sampled_from([0.8, 0.95, 0.99]))
 def test_t_interval_is_scipys(x, level):

@@ -1,0 +1,219 @@
+"""Do learning and choosing degrade separately? Each arm's path in the plane of the two losses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from figures import style
+from figures.axes import percent_axis
+from figures.tables import (
+    Tables,
+    arms_in,
+    at_own_costs,
+    costs_in,
+    over_seeds,
+    read_tables,
+    settings_in,
+    weight_of,
+    where,
+)
+from mechinterp.errors import AnalysisError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CAPTION = (
+    "Do learning and choosing degrade separately? Change in learning loss (up: the decision's "
+    "grounds can no longer be read out) against change in choosing loss (right: they can, and are "
+    "not acted on), in expected log score at the stated costs, as % of oracle − best constant "
+    "action. The origin (+) is continued symmetric training at the same step, adjusted ex post to "
+    "these costs where that arm exists; the second data order, a null, is compared with the "
+    "unadjusted control; for a pair the origin is the checkpoint before. Paths run over training "
+    "steps, from small to large markers; the last marker bears the intervals, thin lines are "
+    "single seeds. Grey bands: the margin of ±5%, within which no damage is claimed. An axis that "
+    "goes past ±100% is linear within ±10%, logarithmic beyond."
+)
+MARGIN = 5.0  # % of (oracle - constant): the smallest change that a verdict claims
+PLANE = ["choosing", "learning"]
+NEEDS = {"losses": ("task", "regime", "arm", "seed", "step", "costs", "currency", "loss", "value")}
+OPTIONAL = {
+    "contrasts": ("task", "regime", "arm", "reference", "costs", "currency", "loss", "low", "high")
+}
+
+
+@style.styled
+def draw(source: str | Path | Tables) -> Figure:
+    """One panel per task (rows) and regime x costs (columns)."""
+    tables = read_tables(source, NEEDS, OPTIONAL)
+    losses = tables["losses"]
+    losses = losses[(losses["currency"] == "log_score") & losses["loss"].isin(PLANE)]
+    losses = at_own_costs(losses)
+    tasks = list(dict.fromkeys(losses["task"]))
+    columns = [
+        (regime, costs)
+        for regime in dict.fromkeys(regime for _, regime in settings_in(losses))
+        for costs in costs_in(where(losses, regime=regime))
+    ]
+    panels = [
+        changes(where(losses, task=task, regime=regime, costs=costs), costs)
+        for task in tasks
+        for regime, costs in columns
+    ]
+    alone = len(panels) == 1
+    seen = pd.concat(panels)
+    if seen.empty:
+        raise AnalysisError("table 'losses' has no arm beside a control ('symmetric' or 'before')")
+    figure, axes = style.grid(
+        len(tasks),
+        len(columns),
+        width=style.SINGLE_COLUMN if alone else style.FULL_WIDTH,
+        row_height=2.4 if len(tasks) == 1 else 1.7,
+        sharex=True,
+        sharey=True,
+    )
+    looks = style.arm_styles(arms_in(losses))
+    ends = []
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        ax.axvspan(-MARGIN, MARGIN, color=style.PALE, lw=0, zorder=0)
+        ax.axhspan(-MARGIN, MARGIN, color=style.PALE, lw=0, zorder=0)
+        ax.plot(0, 0, "+", color="black", ms=7, mew=0.8, zorder=6)
+        for arm in arms_in(panel):
+            path = where(panel, arm=arm)
+            end = _end(path, tables.get("contrasts"))
+            _draw_path(ax, path, end, looks[arm])
+            ends.append(end)
+    for which, loss in zip("xy", PLANE, strict=True):
+        held = [seen[loss], *(end[loss][side] for end in ends for side in ("low", "high"))]
+        for ax in axes.flat:
+            percent_axis(
+                ax,
+                which,
+                np.concatenate(held),
+                signed=True,
+                at_least=2.5 * MARGIN,
+                headroom=0.1 if which == "y" else 0,
+            )
+    for ax, (regime, costs) in zip(axes[0], columns, strict=True):
+        ax.set_title(f"{style.regime_label(regime)}\n{style.costs_label(costs)}")
+    for ax, task in zip(axes[:, 0], tasks, strict=True):
+        ax.set_ylabel(style.wrap(task))
+    for ax in axes.flat:
+        _words(ax)
+    pair = set(seen["regime"]) == {"pair"}
+    versus = "from the checkpoint before" if pair else "against the control"
+    label = f"Change in {{}} loss {versus}\n(% of oracle − constant)"
+    figure.supxlabel(label.format("choosing"), fontsize=7)
+    figure.supylabel(label.format("learning"), fontsize=7)
+    style.letter_panels(axes)
+    names = {"symmetric": "symmetric, not adjusted", "symmetric_reordered": "second data order"}
+    adjusted = any(arm.startswith("ex_post") for arm in losses["arm"].unique())
+    origin = "checkpoint before" if pair else "symmetric" + ", adjusted ex post" * adjusted
+    handles = style.arm_handles(arms_in(seen), names)
+    handles.append(style.handle(f"origin: {origin}", marker="+", ms=6, ls="none"))
+    note = style.seeds_note(*(summary for end in ends for summary in end.values()))
+    if not pair:
+        note += f" Paths: steps {losses['step'].min():,} to {losses['step'].max():,}."
+    style.legend(figure, handles, note)
+    return figure
+
+
+def changes(rows: pd.DataFrame, costs: str) -> pd.DataFrame:
+    """Both losses (%) of every arm, less those of its origin, by seed and step."""
+    keys = ["task", "regime", "costs", "arm", "seed", "step"]
+    wide = rows.pivot_table(index=keys, columns="loss", values="value", observed=True)
+    wide = (100 * wide.reindex(columns=PLANE)).reset_index()
+    found = [wide.head(0)]
+    for arm in arms_in(wide):
+        origin = _origin(arm, arms_in(wide), costs)
+        # The checkpoint before is one for all steps; a control is compared at equal steps.
+        on = ["seed"] if origin == "before" else ["seed", "step"]
+        other = where(wide, arm=origin)[[*on, *PLANE]]
+        merged = where(wide, arm=arm).merge(other, on=on, suffixes=("", "_origin"))
+        for loss in PLANE:
+            merged[loss] -= merged.pop(f"{loss}_origin")
+        found.append(merged)
+    return pd.concat(found)
+
+
+def _origin(arm: str, arms: list[str], costs: str) -> str | None:
+    """The arm that stands at the origin for `arm`; None for that arm itself."""
+    if arm == "symmetric_reordered":
+        candidates = ["symmetric"]
+    else:
+        candidates = ["before", f"ex_post_{weight_of(costs)}", "symmetric"]
+    origin = next((candidate for candidate in candidates if candidate in arms), None)
+    return None if origin == arm else origin
+
+
+def _end(path: pd.DataFrame, contrasts: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
+    """Mean and interval of both changes at the last step.
+
+    One seed has no interval of its own; the one over items in `contrasts` stands in.
+    """
+    last = path[path["step"] == path["step"].max()]
+    end = {loss: over_seeds(last, ["task", "regime", "costs", "arm"], loss) for loss in PLANE}
+    for loss, summary in end.items():
+        if contrasts is not None and (summary["n_seeds"] == 1).all():
+            keys = {key: summary[key].iat[0] for key in ("task", "regime", "costs", "arm")}
+            match = where(contrasts, **keys, currency="log_score", loss=loss, reference="before")
+            if len(match) == 1:
+                summary[["low", "high"]] = 100 * match[["low", "high"]].to_numpy(float)
+    return end
+
+
+def _draw_path(
+    ax: Axes, path: pd.DataFrame, end: dict[str, pd.DataFrame], look: style.ArmStyle
+) -> None:
+    means = path.groupby("step")[PLANE].mean().sort_index()
+    x, y = means["choosing"].to_numpy(), means["learning"].to_numpy()
+    if len(means) == 1:  # a pair: an arrow from the checkpoint before
+        ax.annotate(
+            "",
+            xy=(x[0], y[0]),
+            xytext=(0, 0),
+            arrowprops={
+                "arrowstyle": "-|>",
+                "color": look.color,
+                "lw": 1,
+                "shrinkA": 4,
+                "shrinkB": 3,
+            },
+        )
+    else:
+        for _, seed in path.sort_values("step").groupby("seed"):
+            ax.plot(seed["choosing"], seed["learning"], color=look.color, lw=0.4, alpha=0.35)
+        ax.plot(x, y, color=look.color, ls=look.linestyle)
+        sizes = np.linspace(2, 10, len(means))[:-1]
+        ax.scatter(x[:-1], y[:-1], s=sizes, c=look.color, marker=look.marker, lw=0, zorder=3)
+    ax.errorbar(
+        x[-1],
+        y[-1],
+        xerr=style.errors(end["choosing"]),
+        yerr=style.errors(end["learning"]),
+        color=look.color,
+        marker=look.marker,
+        ms=5.5,
+        mec="white",
+        mew=0.4,
+        elinewidth=0.8,
+        zorder=5,
+    )
+
+
+def _words(ax: Axes) -> None:
+    """Which way damage lies, in the corners that paths seldom reach."""
+    words = {"color": "#8A8A8A", "transform": ax.transAxes, "zorder": 1, "ha": "right"}
+    ax.text(0.99, 0.99, "learning damaged ↑", va="top", **words)
+    ax.text(0.99, 0.01, "choosing damaged →", va="bottom", **words)
+
+
+if __name__ == "__main__":
+    from figures import run_script
+
+    run_script("dissociation")

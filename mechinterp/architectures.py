@@ -263,9 +263,9 @@ class Architecture:
         self.d_head: int = getattr(config, "head_dim", None) or self.d_model // self.n_heads
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._layout = layout
-        self._head = cast(nn.Linear, model.get_output_embeddings())
-        self.d_vocab: int = self._head.weight.shape[0]
         try:
+            self._head = cast(nn.Linear, model.get_output_embeddings())
+            self.d_vocab: int = self._head.weight.shape[0]
             self.base = cast(PreTrainedModel, getattr(model, layout.base))
             self.final_norm = cast(nn.Module, getattr(self.base, layout.final_norm))
             modules = cast(nn.ModuleList, getattr(self.base, layout.blocks))
@@ -321,9 +321,8 @@ class Architecture:
         attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Context:
         """What the blocks are given for a batch of this shape, whatever the residuals hold."""
-        return record_context(self.base, self._layout.blocks, attention_mask, inputs_embeds=resid)[
-            1
-        ]
+        blocks = self._layout.blocks
+        return record_context(self.base, blocks, attention_mask, inputs_embeds=resid)[1]
 
     def unembed(
         self,

@@ -28,7 +28,13 @@ from mechinterp.interventions import (
     intervening,
     position_index,
 )
-from mechinterp.model_checks import check_eval_mode, check_inputs, self_test
+from mechinterp.model_checks import (
+    check_eval_mode,
+    check_inputs,
+    check_mask,
+    check_sites,
+    self_test,
+)
 from mechinterp.sites import Site
 
 if TYPE_CHECKING:
@@ -74,7 +80,7 @@ class HookedModel:
         self._bridge: TransformerBridge | None = None
         check_eval_mode(model)
         self.architecture = Architecture(model)
-        if self_test:
+        if self_test or not self.architecture.listed:
             self.self_test()
 
     @classmethod
@@ -93,7 +99,8 @@ class HookedModel:
             dtype: anything but float32 costs accuracy (in bfloat16 logits are off by whole units).
             attn_implementation: `sdpa` is faster on long inputs, agrees with eager to about 1e-4 on
                 logits, and has no attention patterns.
-            self_test: check the hooks against the model (see `self_test`).
+            self_test: check the hooks against the model (see `self_test`); always done for a family
+                that is not listed in `architectures.LAYOUTS`.
 
         Raises:
             CheckpointError: the checkpoint cannot be opened.
@@ -186,7 +193,7 @@ class HookedModel:
         Raises:
             SiteError: a site is misspelt or not in this network.
         """
-        sites = self._check_sites(sites)
+        sites = check_sites(self, sites)
         stop = self.n_layers if key_values else 1 + max((s.layer for s in sites), default=-1)
         caches = tuple(KeyValues() for _ in self.architecture.blocks) if key_values else ()
         tokens, attention_mask = self._check(tokens, attention_mask)
@@ -216,8 +223,8 @@ class HookedModel:
             SiteError: a site is misspelt, not in this network, or cannot be written.
             ModelError: an intervention did not fire exactly once.
         """
-        sites = self._check_sites(sites)
-        self._check_sites(intervention.site for intervention in interventions)
+        sites = check_sites(self, sites)
+        check_sites(self, [intervention.site for intervention in interventions])
         tokens, attention_mask = self._check(tokens, attention_mask)
         blocks = self.architecture.blocks
         with torch.set_grad_enabled(grad):
@@ -315,10 +322,6 @@ class HookedModel:
         """What enters block 0, and the context (masks, rotary embeddings) for `block`."""
         return self.architecture.embed(*self._check(tokens, attention_mask))
 
-    def context(self, resid: Resid, *, attention_mask: Mask | None = None) -> Context:
-        """The context for residuals of this shape, whatever they hold."""
-        return self.architecture.context(resid, attention_mask)
-
     def block(
         self,
         layer: int,
@@ -371,20 +374,8 @@ class HookedModel:
 
     def _check(self, tokens: Tokens, attention_mask: Mask | None) -> tuple[Tokens, Mask | None]:
         check_inputs(self.model, tokens, attention_mask)
-        mask = None if attention_mask is None else attention_mask.to(self.device)
-        return tokens.to(self.device), mask
-
-    def _check_sites(self, sites: Site | str | Iterable[Site | str]) -> list[Site]:
-        if isinstance(sites, Site | str):
-            sites = [sites]
-        checked = [Site.parse(site) for site in sites]
-        for site in checked:
-            if site.layer >= self.n_layers:
-                raise SiteError(f"{site}: this network has layers 0 to {self.n_layers - 1}")
-            if site.grain == "pattern" and self.model.config._attn_implementation != "eager":
-                raise SiteError(f"{site}: load the model with attn_implementation='eager'")
-            self.architecture.blocks[site.layer].location(site)
-        return checked
+        tokens = tokens.to(self.device)
+        return tokens, None if attention_mask is None else attention_mask.to(self.device)
 
     # ---- inside ----------------------------------------------------------------------------------
 
@@ -392,7 +383,10 @@ class HookedModel:
         check_eval_mode(self.model)
         if not 0 <= layer <= self.n_layers:
             raise SiteError(f"layer {layer}: this network has layers 0 to {self.n_layers}")
-        context = self.context(resid, attention_mask=attention_mask)
+        if attention_mask is not None:
+            check_mask(attention_mask, resid)
+            attention_mask = attention_mask.to(self.device)
+        context = self.architecture.context(resid, attention_mask)
         return self._run_blocks(resid, context, layer, self.n_layers)
 
     def _run_blocks(

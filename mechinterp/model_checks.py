@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mechinterp.errors import ModelError
+from mechinterp.errors import ModelError, SiteError
 from mechinterp.sites import Site
 
 if TYPE_CHECKING:
@@ -41,9 +42,16 @@ def check_inputs(
         )
     if attention_mask is None:
         refuse_left_padding(model, tokens)
-    elif attention_mask.shape != tokens.shape or not attention_mask.any(dim=1).all():
+    else:
+        check_mask(attention_mask, tokens)
+
+
+def check_mask(attention_mask: Int[Tensor, "batch pos"], batch: Tensor) -> None:
+    """Raise a ModelError unless the mask fits [batch pos ...] and leaves something of every row."""
+    expected = batch.shape[:2]
+    if attention_mask.shape != expected or not attention_mask.any(dim=1).all():
         raise ModelError(
-            f"attention_mask: expected {tuple(tokens.shape)} with at least a 1 in every row, "
+            f"attention_mask: expected {tuple(expected)} with at least a 1 in every row, "
             f"got {tuple(attention_mask.shape)}"
         )
 
@@ -62,6 +70,20 @@ def refuse_left_padding(model: PreTrainedModel, tokens: Int[Tensor, "batch pos"]
             f"tokens: row {row} starts with the padding id {pad}; left-padded batches need an "
             "attention_mask (1 where tokens are real)"
         )
+
+
+def check_sites(hooked: HookedModel, sites: Site | str | Iterable[Site | str]) -> list[Site]:
+    """The sites, parsed; a SiteError for one that is misspelt or not in this network."""
+    if isinstance(sites, Site | str):
+        sites = [sites]
+    checked = [Site.parse(site) for site in sites]
+    for site in checked:
+        if site.layer >= hooked.n_layers:
+            raise SiteError(f"{site}: this network has layers 0 to {hooked.n_layers - 1}")
+        if site.grain == "pattern" and hooked.model.config._attn_implementation != "eager":
+            raise SiteError(f"{site}: load the model with attn_implementation='eager'")
+        hooked.architecture.blocks[site.layer].location(site)
+    return checked
 
 
 def self_test(hooked: HookedModel) -> None:

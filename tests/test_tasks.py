@@ -95,6 +95,8 @@ def test_triage_pairs_differ_in_one_latent_at_its_value_and_in_the_decision():
     assert (differs.sum(1) == 1).all()
     for row, position in zip(*np.nonzero(differs.numpy()), strict=True):
         assert pairs.clean.roles[row, position] == f"value {pairs.latent[row]}"
+        assert pairs.roles[row, position] == "changed value"
+    assert (pairs.roles == "changed value").sum() == len(pairs)
     assert (pairs.clean.posterior.argmax(1) != pairs.corrupt.posterior.argmax(1)).all()
 
 

@@ -28,7 +28,7 @@ def names() -> dict[str, str]:
     return {name: line for name, (_, _, line) in _TASKS.items()}
 
 
-def task_class(name: str) -> type[Task]:
+def task_class(name: str) -> Any:
     """The class of task `name`; raises TaskError for an unknown one."""
     if name not in _TASKS:
         raise TaskError(f"task {name!r} does not exist; choose one of: {', '.join(_TASKS)}")
@@ -49,3 +49,13 @@ def get(name: str, **settings: Any) -> Task:
         return cls(**settings)
     except (TypeError, ValueError) as error:
         raise TaskError(f"task {name!r}: {error}") from error
+
+
+def default_settings(name: str) -> dict[str, Any]:
+    """The settings of task `name` with their defaults; None for those that have none."""
+    from mechinterp.tasks.base import plain
+
+    return {
+        field.name: None if field.default is dataclasses.MISSING else plain(field.default)
+        for field in dataclasses.fields(task_class(name))
+    }

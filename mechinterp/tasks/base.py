@@ -42,6 +42,11 @@ class Items:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def likeliest_label(self) -> Int[Tensor, " items"]:
+        """The label with the largest posterior, where that is known, else the label itself."""
+        return self.labels if self.posterior is None else self.posterior.argmax(1)
+
     def select(self, index: Any) -> Items:
         """The items at `index` (a slice, an index array or a mask)."""
         picked: dict[str, Any] = {}
@@ -58,13 +63,15 @@ class Items:
 class CounterfactualPairs:
     """Prompts that differ in exactly one latent: patching moves `clean` activations into `corrupt`.
 
-    `latent` names, per pair, what differs. `quality` is free text for the report: how natural the
-    corrupt prompts are, measured where that is possible.
+    `latent` names, per pair, what differs; `roles` say what stands at each position in relation to
+    that difference, so that pairs can be averaged. `quality` is free text for the report: how
+    natural the corrupt prompts are, measured where that is possible.
     """
 
     clean: Items
     corrupt: Items
     latent: np.ndarray  # [pairs] of str
+    roles: np.ndarray  # [pairs, positions] of str
     quality: str = ""
 
     def __len__(self) -> int:
@@ -97,14 +104,14 @@ class Task(ABC):
 
     @property
     def posterior_latents(self) -> tuple[str, ...]:
-        """The latents that `posterior_from_latents` reads."""
-        return tuple(latent.name for latent in self.latents if latent.needed)
+        """The latents that `posterior_from_latents` reads; none where it is not known."""
+        return ()
 
     def posterior_from_latents(
         self, probabilities: Mapping[str, Float[Tensor, "items values"]]
-    ) -> Float[Tensor, "items labels"] | None:
-        """P(label | prompt) from independent beliefs about `posterior_latents`; None if unknown."""
-        return None
+    ) -> Float[Tensor, "items labels"]:
+        """P(label | prompt) from independent beliefs about `posterior_latents`."""
+        raise NotImplementedError(f"task {self.name!r} knows no posterior given its latents")
 
     def baseline_features(self, items: Items) -> Float[Tensor, "items features"]:
         """The raw input as a linear model would take it: one-hot tokens by position."""
@@ -118,11 +125,12 @@ class Task(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, enough to make this task again."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+def plain(value: Any) -> Any:
+    """Tuples as lists, as a YAML or JSON file has them."""
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def check_utility(utility: Any, *, n: int) -> tuple[tuple[float, ...], ...]:

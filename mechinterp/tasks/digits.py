@@ -183,7 +183,7 @@ class Digits(Task):
         differing = (corrupt_levels != self._levels[clean]).double().mean()
         quality = (
             f"approximate ({self.counterfactual}): {differing:.0%} of the positions differ; the "
-            f"nearest image of the other class is {ratio:.2f}x as far as that of the own class (median)"
+            f"nearest image of the other class is {ratio:.2f}x as far as that of its own (median)"
         )
         if self.counterfactual == "region":
             quality += "; the half-swapped image has the label of the neighbour by assumption only"
@@ -191,6 +191,7 @@ class Digits(Task):
             clean=self._items(self._levels[clean], digits[clean], clean),
             corrupt=self._items(corrupt_levels, digits[nearest], nearest),
             latent=np.full(len(clean), "inside"),
+            roles=np.broadcast_to(self._roles, (len(clean), self.n_positions)),
             quality=quality,
         )
 
@@ -204,6 +205,12 @@ class Digits(Task):
         """The label is a function of the digit: sum the digit's probabilities over the subset."""
         inside = probabilities["digit"].double()[:, list(self.subset)].sum(1)
         return torch.stack([1 - inside, inside], dim=1)
+
+    def control_types(self, items: Items) -> Int[Tensor, " items"]:
+        """Two cells in the middle of the image; the first cell is nearly always empty."""
+        middle = 1 + (self.side // 2) * self.side + self.side // 2
+        first, second = items.tokens[:, middle - 1], items.tokens[:, middle]
+        return first * self.vocab_size + second
 
     def baseline_features(self, items: Items) -> Float[Tensor, "items features"]:
         """Grey levels in 0..1: the image as a linear model would take it."""

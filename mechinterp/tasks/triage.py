@@ -200,16 +200,22 @@ class Triage(Task):
             for v in (values, other)
         )
         names = np.array([latent.name for latent in self.latents])
+        latent = names[flipped_latent[chosen].numpy()]
         return CounterfactualPairs(
             clean=clean,
             corrupt=corrupt,
-            latent=names[flipped_latent[chosen].numpy()],
+            latent=latent,
+            roles=_roles_relative_to(latent, clean.roles),
             quality="exact: one value token differs, both prompts are from the task's distribution",
         )
 
+    @property
+    def posterior_latents(self) -> tuple[str, ...]:
+        return tuple(latent.name for latent in self.latents if latent.needed)
+
     def posterior_from_latents(
         self, probabilities: Mapping[str, Float[Tensor, "items values"]]
-    ) -> Float[Tensor, "items labels"] | None:
+    ) -> Float[Tensor, "items labels"]:
         """Sum over all settings of the needed latents, taken as independent given the prompt."""
         needed = [probabilities[latent.name].double() for latent in self.latents if latent.needed]
         positive = torch.zeros(len(needed[0]), dtype=torch.float64)
@@ -218,3 +224,13 @@ class Triage(Task):
             values = torch.tensor([*setting, *([0] * self.n_unneeded)])
             positive += joint * self.positive_probability(values)
         return torch.stack([1 - positive, positive], dim=1)
+
+
+def _roles_relative_to(latent: np.ndarray, roles: np.ndarray) -> np.ndarray:
+    """The finding that changes apart from all others, whichever it is."""
+    relative = roles.astype(object)
+    for kind in ("marker", "value"):
+        own = roles == np.char.add(f"{kind} ", latent)[:, None]
+        relative[np.char.startswith(roles, kind)] = f"other {kind}"
+        relative[own] = f"changed {kind}"
+    return relative.astype(str)

@@ -1,0 +1,75 @@
+"""All that is measured on one checkpoint's decision, from one pass over the items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+
+from analyses.calibration import measure_calibration
+from analyses.ladder import Ladder, ladder_table, losses_table, measure_ladder
+from analyses.probes import measure_probes
+from analyses.streams import read_streams
+from mechinterp import decisions
+from mechinterp.hooked import HookedModel
+from mechinterp.spec import AnalysisSpec
+from mechinterp.tasks.base import Items, Task
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a checkpoint: its decision shifted by `shift`, valued at `costs`."""
+
+    costs: Mapping[str, decisions.Utility]
+    shift: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointMeasures:
+    """Tables by name with a column `arm`, each arm's ladders (per item), and the items."""
+
+    tables: dict[str, pd.DataFrame]
+    ladders: dict[str, dict[str, Ladder]]
+    items: Items
+
+
+def measure_checkpoint(
+    model: HookedModel,
+    task: Task,
+    readings: Mapping[str, Reading],
+    *,
+    spec: AnalysisSpec,
+    n_items: int,
+    with_latents: bool = True,
+    with_probes: bool = True,
+) -> CheckpointMeasures:
+    """Ladder, calibration and probes of `model`, once per named reading (an arm).
+
+    An ex-post arm is the same network with another shift, so it shares the pass; probes read the
+    stream below any shift and are stated for the first arm only.
+    """
+    items = task.sample(n_items, seed=spec.seed, split="test")
+    streams = read_streams(model, items, task, batch_size=spec.batch_size)
+    tables: dict[str, list[pd.DataFrame]] = {}
+    ladders = {}
+    for arm, reading in readings.items():
+        shift = torch.tensor(reading.shift or [0.0] * len(task.actions), dtype=torch.float64)
+        shifted = replace(streams, action_logits=streams.action_logits + shift)
+        ladders[arm] = measure_ladder(
+            shifted, items, task, costs=reading.costs, spec=spec, with_latents=with_latents
+        )
+        found = {
+            "ladder": ladder_table(ladders[arm]),
+            "losses": losses_table(ladders[arm]),
+            **measure_calibration(
+                shifted, items, costs=reading.costs, n_bins=spec.calibration_bins
+            ),
+        }
+        if with_probes and arm == next(iter(readings)):
+            found["probes"] = measure_probes(streams, items, task, spec=spec)
+        for name, table in found.items():
+            tables.setdefault(name, []).append(table.assign(arm=arm))
+    joined = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    return CheckpointMeasures(joined, ladders, items)

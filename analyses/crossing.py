@@ -1,0 +1,161 @@
+"""The crossing: front of one checkpoint, back of the other. Where does a change of value sit?
+
+A is before, B after; U(AB) is the value of the hybrid with A's front and B's back, for its raw,
+bias-refit and head-refit readout. The shares locate a change and never classify it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from analyses.ladder import CURRENCIES
+from analyses.pair import Pair, run_script
+from analyses.streams import action_shift, check_fits, read_streams
+from mechinterp import decisions
+from mechinterp.errors import AnalysisError
+from mechinterp.hooked import HookedModel
+from mechinterp.patching.crossing import cross, shapley_shares
+from mechinterp.spec import AnalysisSpec
+from mechinterp.tasks.base import Task
+from probes.folds import grouped_folds
+from probes.readout import fit_readouts
+
+READOUTS = ("raw", "bias", "head")
+DEPTH_SHARE = (
+    0.95  # of the depth rung, that a boundary's readout must reach to be the verdict's cut
+)
+
+
+def measure_crossing(
+    before: HookedModel,
+    after: HookedModel,
+    task: Task,
+    *,
+    costs: Mapping[str, decisions.Utility],
+    spec: AnalysisSpec,
+    margin: float = 0.05,
+) -> pd.DataFrame:
+    """One row per cut, costs, currency and readout; see `mechinterp.patching.crossing`.
+
+    `verdict_cut` marks the one boundary that counts, fixed on `before` and other items.
+    """
+    check_fits(before, task)
+    items = task.sample(spec.crossing_items, seed=spec.seed, split="test")
+    folds = grouped_folds(items.groups, items.labels, n_folds=spec.ladder_folds, seed=spec.seed)
+    models = {"a": before, "b": after}
+    crossings = {
+        front + back: cross(
+            models[front],
+            models[back],
+            items.tokens,
+            0 if front == back else None,
+            task.actions,
+        )
+        for front in models
+        for back in models
+    }
+    verdict_cut = find_verdict_cut(before, task, spec=spec)
+    target = items.labels if items.posterior is None else items.posterior
+    shifts = {name: action_shift(model, len(task.actions)) for name, model in models.items()}
+    rows = []
+    for cost, utility in costs.items():
+        scale = _scale(target, utility)
+        weights = decisions.action_weights(items.labels, utility)
+
+        def value(
+            hybrid: str, cut: int, weights: Tensor = weights, utility: decisions.Utility = utility
+        ) -> dict[tuple[str, str], float]:
+            crossing = crossings[hybrid]
+            raw = crossing.action_logits[cut].double().cpu() + shifts[hybrid[1]]
+            final = crossing.final[cut].float().cpu()
+            return _values(raw, final, weights, folds, target, utility)
+
+        own = {"aa": value("aa", 0), "bb": value("bb", 0)}  # the same at every cut
+        for cut in range(before.n_layers + 1):
+            values = {**own, "ab": value("ab", cut), "ba": value("ba", cut)}
+            for currency in CURRENCIES:
+                for readout in READOUTS:
+                    u = {f"u_{name}": values[name][currency, readout] for name in values}
+                    shares = shapley_shares(**u, scale=scale[currency], margin=margin)
+                    rows.append(
+                        {
+                            "cut": cut,
+                            "costs": cost,
+                            "currency": currency,
+                            "readout": readout,
+                            **u,
+                            "phi_front": shares.phi_front,
+                            "phi_back": shares.phi_back,
+                            "interaction": shares.interaction,
+                            "scale": scale[currency],
+                            "shares_valid": shares.valid,
+                            "verdict_cut": cut == verdict_cut,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def find_verdict_cut(before: HookedModel, task: Task, *, spec: AnalysisSpec) -> int:
+    """The first boundary at which a readout reaches 95% of what any boundary's readout reaches.
+
+    In log score at symmetric costs above the best constant, on the validation split.
+    """
+    items = task.sample(spec.crossing_items, seed=spec.seed, split="validation")
+    streams = read_streams(before, items, task, batch_size=spec.batch_size)
+    folds = grouped_folds(items.groups, items.labels, n_folds=spec.ladder_folds, seed=spec.seed)
+    symmetric = decisions.diagonal_utility([1.0] * len(task.actions))
+    weights = decisions.action_weights(items.labels, symmetric)
+    target = items.labels if items.posterior is None else items.posterior
+    constant = decisions.best_constant(target, symmetric).value.log_score
+    nothing = torch.zeros(len(items), len(task.actions))
+    gains = []
+    for layer in range(1, before.n_layers + 1):
+        readouts = fit_readouts(nothing, {layer: streams.normed[layer]}, weights, folds)
+        score = decisions.value(readouts.logits["head"], target, symmetric).log_score
+        gains.append(score - constant)
+    if max(gains) <= 0:
+        raise AnalysisError(
+            f"crossing: no layer of the before network says anything about task {task.name!r}; "
+            "its decision cannot be cut in two"
+        )
+    return 1 + next(i for i, gain in enumerate(gains) if gain >= DEPTH_SHARE * max(gains))
+
+
+def _values(
+    raw: Float[Tensor, "items actions"],
+    final: Float[Tensor, "items d_model"],
+    weights: Float[Tensor, "items actions"],
+    folds: Int[Tensor, " items"],
+    target: decisions.Target,
+    utility: decisions.Utility,
+) -> dict[tuple[str, str], float]:
+    """(currency, readout) -> value of one hybrid."""
+    readouts = fit_readouts(raw, {1: final}, weights, folds)
+    values = {name: decisions.value(readouts.logits[name], target, utility) for name in READOUTS}
+    return {(c, name): getattr(value, c) for name, value in values.items() for c in CURRENCIES}
+
+
+def _scale(target: decisions.Target, utility: decisions.Utility) -> dict[str, float]:
+    """(oracle - best constant) per currency; certainty where no posterior is known."""
+    if not target.is_floating_point():
+        target = torch.nn.functional.one_hot(target, len(utility)).double()
+    oracle = decisions.oracle_value(target, utility)
+    constant = decisions.best_constant(target, utility).value
+    return {c: getattr(oracle, c) - getattr(constant, c) for c in CURRENCIES}
+
+
+def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
+    """Table `crossing` of before and after; the null would take a second control."""
+    table = measure_crossing(
+        pair.models["before"], pair.require("after"), pair.task, costs=pair.costs, spec=pair.spec
+    )
+    return {"crossing": pair.join({"after": table.assign(null=False)})}
+
+
+if __name__ == "__main__":
+    run_script(pair_tables, figure="crossing", description=__doc__ or "")

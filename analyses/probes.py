@@ -1,0 +1,63 @@
+"""Linear probes: is each latent readable at each layer, beyond a control and a random network?"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from analyses.pair import Pair, run_script
+from analyses.streams import DecisionStreams, read_streams
+from mechinterp.hooked import HookedModel
+from mechinterp.randomness import derive_seed
+from mechinterp.spec import AnalysisSpec
+from mechinterp.tasks.base import Items, Task
+from probes.crossfit import ProbeConfig
+from probes.probe import probe_latents
+
+
+def measure_probes(
+    streams: DecisionStreams, items: Items, task: Task, *, spec: AnalysisSpec
+) -> pd.DataFrame:
+    """layer, latent, needed, kind ("latent" or "control"), measure, value.
+
+    On the residual stream at the decision, before the final norm. Layer 0, the embedding of the
+    last token, is the same in every item and is left out.
+    """
+    some = items.select(slice(0, spec.probe_items))
+    result = probe_latents(
+        {layer: x[: spec.probe_items] for layer, x in streams.residual.items() if layer > 0},
+        some.latents,
+        groups=some.groups,
+        control_types=task.control_types(some),
+        config=ProbeConfig(n_folds=spec.probe_folds, seed=spec.seed),
+    )
+    needed = {latent.name: latent.needed for latent in task.latents}
+    return result.table.assign(needed=[needed[name] for name in result.table["latent"]])
+
+
+def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
+    """Table `probes` of every arm, with those of a network of random weights as the floor."""
+    tables = {
+        arm: measure_probes(pair.streams(arm), pair.items, pair.task, spec=pair.spec)
+        for arm in pair.models
+    }
+    some = pair.items.select(slice(0, pair.spec.probe_items))
+    random_streams = read_streams(
+        random_network(pair.models["before"], seed=pair.spec.seed), some, pair.task
+    )
+    floor = measure_probes(random_streams, some, pair.task, spec=pair.spec)
+    floor = floor[floor["kind"] == "latent"].assign(kind="random_init")
+    tables = {arm: pd.concat([table, floor]) for arm, table in tables.items()}
+    return {"probes": pair.join(tables)}
+
+
+def random_network(model: HookedModel, *, seed: int) -> HookedModel:
+    """A network of the same architecture with freshly initialised weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "random network"))
+        fresh = type(model.model)(model.model.config)
+    return HookedModel.from_model(fresh.to(model.dtype).eval(), self_test=False)
+
+
+if __name__ == "__main__":
+    run_script(pair_tables, figure="probes", description=__doc__ or "")

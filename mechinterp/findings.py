@@ -1,0 +1,91 @@
+"""What a study found, in plain words made from its tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechinterp.spec import StudySpec
+
+REGIMES = {
+    "branched": "branched from a trained network",
+    "from_init": "trained from initialisation",
+}
+
+
+def summarise_study(
+    spec: StudySpec, tables: dict[str, pd.DataFrame]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Paragraphs ({"heading", "text"}) for the report, and what the study is not powered for."""
+    paragraphs = [_competence(_records(tables["competence"]))]
+    not_powered = []
+    contrasts = _records(tables["contrasts"])
+    for name in spec.weights:
+        for task in spec.tasks:
+            for regime in spec.regimes:
+                cell = {
+                    "task": task,
+                    "regime": regime,
+                    "arm": f"weighted_{name}",
+                    "costs": f"w{name}",
+                    "currency": "log_score",
+                }
+                rows = {
+                    (row["loss"], row["reference"]): row
+                    for row in contrasts
+                    if all(row[key] == value for key, value in cell.items())
+                }
+                text = _weighted(rows)
+                paragraphs.append(
+                    {"heading": f"Weights {name} on {task}, {REGIMES[regime]}", "text": text}
+                )
+                if spec.seeds < spec.seeds_for_claims:
+                    not_powered.append(
+                        f"{task}, {REGIMES[regime]}, weights {name}: {spec.seeds} seeds; "
+                        f"a claim about the objective takes {spec.seeds_for_claims}"
+                    )
+    return paragraphs, not_powered
+
+
+def _competence(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        networks = [row for row in rows if row["task"] == task]
+        good = sum(row["competent"] for row in networks)
+        if networks[0]["reference"] == "oracle":
+            share = networks[0]["threshold"]
+            meaning = f"at least {share:.0%} of (oracle - best constant action)"
+        else:
+            meaning = "a better log score than logistic regression on the raw input"
+        line = f"{task}: {good} of {len(networks)} symmetric networks reach {meaning}."
+        lines.append(line if good == len(networks) else f"{line} The study is void for this task.")
+    return {"heading": "Do the symmetric networks know the task?", "text": " ".join(lines)}
+
+
+def _weighted(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """Weighted training against symmetric training, and against its ex-post shift."""
+    sentences = []
+    for loss in ("learning", "choosing"):
+        if row := rows.get((loss, "control")):
+            sentences.append(
+                f"Weighted training's {loss} loss is {_amount(row)} that of symmetric training: "
+                f"{row['state']}."
+            )
+    if row := rows.get(("total", "ex_post")):
+        sentences.append(
+            f"In total it loses {_amount(row)} symmetric training with the ex-post shift."
+        )
+    unit = "In log score at these costs, in % of (oracle - best constant), with 95% intervals."
+    return " ".join([*sentences, unit])
+
+
+def _amount(row: dict[str, Any]) -> str:
+    mean, low, high = (100 * row[key] for key in ("mean", "low", "high"))
+    more = "more" if mean > 0 else "less"
+    return f"{abs(mean):.1f} points ({low:+.1f} to {high:+.1f}, {row['n_seeds']} seeds) {more} than"
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]

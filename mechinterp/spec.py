@@ -1,0 +1,215 @@
+"""What the user writes: task files and study specs, checked before anything runs.
+
+Unknown keys, wrong types and missing tasks are refused with one line that names file and field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
+
+from mechinterp import tasks
+from mechinterp.errors import SpecError, TaskError, TrainingError
+from mechinterp.tasks.base import Task
+from mechinterp.training.config import ModelConfig, TrainingConfig, log_spaced_steps
+
+if TYPE_CHECKING:
+    from mechinterp.checkpoints import Checkpoint
+
+Weights = tuple[float, ...]
+SpecType = TypeVar("SpecType", bound="StrictModel")
+
+
+class StrictModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _known_keys(dataclass: type) -> BeforeValidator:
+    """Pydantic would silently drop what a plain dataclass does not know."""
+    known = sorted(field.name for field in fields(dataclass))
+
+    def refuse_others(value: Any) -> Any:
+        if isinstance(value, dict) and (unknown := sorted(set(value) - set(known))):
+            raise ValueError(f"unknown key {unknown[0]!r}; known here: {', '.join(known)}")
+        return value
+
+    return BeforeValidator(refuse_others)
+
+
+class AnalysisSpec(StrictModel):
+    """Sizes of the measurements. The same spec and checkpoints give the same numbers everywhere.
+
+    The ladder is cross-fitted on `ladder_items`, and along trajectories on `trajectory_items`.
+    """
+
+    ladder_items: int = Field(15_000, ge=60)
+    trajectory_items: int = Field(7_500, ge=60)
+    ladder_folds: int = Field(3, ge=3)
+    probe_items: int = Field(3_000, ge=60)
+    probe_folds: int = Field(5, ge=3)
+    patch_pairs: int = Field(128, ge=2)
+    crossing_items: int = Field(6_000, ge=60)
+    calibration_bins: int = Field(10, ge=2)
+    batch_size: int = Field(512, ge=1)
+    seed: int = 0
+
+
+class TaskSpec(StrictModel):
+    """A task file: which task, its settings, and the costs at which decisions are valued.
+
+    `costs` maps a name to the worth of being right about each label, or to a utility matrix
+    u[action][label]. "symmetric" is always measured.
+    """
+
+    task: str
+    settings: dict[str, Any] = {}
+    costs: dict[str, Weights | tuple[Weights, ...]] = {}
+    analysis: AnalysisSpec = AnalysisSpec()  # type: ignore[call-arg]
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        tasks.task_class(name)
+        return name
+
+    def make(self) -> Task:
+        return tasks.get(self.task, **self.settings)
+
+    def make_for(self, checkpoint: Checkpoint) -> Task:
+        """The task, with the checkpoint's tokenizer where the task writes text and names none."""
+        wants_tokenizer = "tokenizer" in {f.name for f in fields(tasks.task_class(self.task))}
+        if wants_tokenizer and "tokenizer" not in self.settings:
+            return tasks.get(self.task, **self.settings, tokenizer=str(checkpoint.path))
+        return self.make()
+
+
+class StudyTask(TaskSpec):
+    """A task with the lengths of its two regimes in steps, and how its networks are trained."""
+
+    init_steps: int = Field(400, ge=8)
+    branch_steps: int = Field(240, ge=8)
+    n_checkpoints: int = Field(6, ge=2, description="log-spaced, besides step 0")
+    model: Annotated[ModelConfig, _known_keys(ModelConfig)] = ModelConfig()
+    training: Annotated[TrainingConfig, _known_keys(TrainingConfig)] = TrainingConfig()
+
+    def training_of(self, regime: str) -> TrainingConfig:
+        n_steps = self.init_steps if regime == "from_init" else self.branch_steps
+        steps = log_spaced_steps(n_steps, self.n_checkpoints)
+        return replace(self.training, n_steps=n_steps, checkpoint_steps=steps)
+
+
+class StudySpec(StrictModel):
+    """One finding: tasks x regimes x arms x seeds, and what is measured on each checkpoint.
+
+    `weights` maps a name such as "1.8" to the worth of each label; it makes the arms weighted_1.8
+    and ex_post_1.8 and the costs w1.8. `margin` is the share of the scale below which a change is
+    no damage, `competence` what the symmetric arm must reach, `seeds_for_claims` how many seeds a
+    claim about an objective takes.
+    """
+
+    name: str
+    question: str = ""
+    seeds: int = Field(4, ge=1)
+    regimes: tuple[Literal["branched", "from_init"], ...] = ("branched", "from_init")
+    weights: dict[str, Weights]
+    tasks: dict[str, StudyTask]
+    margin: float = Field(0.05, gt=0)
+    competence: float = Field(0.9, gt=0, le=1)
+    seeds_for_claims: int = Field(8, ge=2)
+    presets: dict[str, dict[str, Any]] = {}
+
+    @property
+    def costs(self) -> dict[str, Weights]:
+        return {f"w{name}": weights for name, weights in self.weights.items()}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A mapping from a YAML file; raises SpecError."""
+    path = Path(path)
+    if not path.is_file():
+        raise SpecError(f"{path}: no such file")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise SpecError(f"{path}: expected keys and values, found {type(value).__name__}")
+    return value
+
+
+def check(model: type[SpecType], value: dict[str, Any], *, source: str | Path) -> SpecType:
+    """`value` as a `model`; raises SpecError naming `source` and the first bad field."""
+    try:
+        return model.model_validate(value)
+    except (TaskError, TrainingError) as error:
+        raise SpecError(f"{source}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(_known_fields(model, first["loc"]))
+            raise SpecError(f"{source}: {field}: unknown key; known here: {known}") from error
+        if first["type"] == "missing":
+            raise SpecError(f"{source}: {field}: missing; add it") from error
+        got = repr(first["input"])
+        raise SpecError(f"{source}: {field}: {first['msg']}, got {got:.60}") from error
+
+
+def _known_fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Field names at the level where `loc` went wrong."""
+    for part in loc[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None:  # a key of a dict[str, Model]: the model stays
+            continue
+        arguments = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        nested = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
+        if nested:
+            model = nested[0]
+    return sorted(model.model_fields)
+
+
+def load_task(source: str | Path) -> TaskSpec:
+    """A task file, or the bare name of a task with its default settings."""
+    if str(source) in tasks.names():
+        return TaskSpec(task=str(source))
+    if Path(source).suffix not in (".yaml", ".yml"):
+        raise SpecError(
+            f"--task {source}: neither a task ({', '.join(tasks.names())}) nor a .yaml task file"
+        )
+    return check(TaskSpec, read_yaml(source), source=source)
+
+
+def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
+    """A study spec with one of its presets laid over it; raises SpecError."""
+    raw = read_yaml(path)
+    spec = check(StudySpec, raw, source=path)
+    if preset is not None:
+        if preset not in spec.presets:
+            known = ", ".join(spec.presets) or "none"
+            raise SpecError(f"{path}: presets: no preset {preset!r}; it has: {known}")
+        spec = check(StudySpec, _overlay(raw, spec.presets[preset]), source=f"{path} ({preset})")
+    for name, task in spec.tasks.items():
+        try:
+            task.make()
+        except TaskError as error:
+            raise SpecError(f"{path}: tasks.{name}.settings: {error}") from error
+    return spec
+
+
+def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged

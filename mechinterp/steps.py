@@ -1,0 +1,201 @@
+"""The steps of a study. Each is a function of plain values that leaves one directory, whole or
+absent.
+
+A step's directory bears the hash of all that determines its content: what is done is not done
+again, and a study that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechinterp.files import atomic_directory, read_json, value_hash, write_json, write_table
+from mechinterp.training.pool import Job
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechinterp.spec import AnalysisSpec
+    from mechinterp.tasks.base import Task
+
+# Raise a number when the step's results change for the same inputs.
+VERSIONS = {"train": 1, "checkpoint": 1, "recovery": 1, "pair": 1, "competence": 1}
+
+
+@dataclass(frozen=True)
+class Step:
+    """`inputs` determine the result; `labels` say which cell of the study it fills; `after` are the
+    steps whose results it reads."""
+
+    kind: str
+    inputs: Mapping[str, Any]
+    labels: Mapping[str, Any]
+    after: tuple[Step, ...] = ()
+
+    @property
+    def key(self) -> str:
+        address = {
+            "kind": self.kind,
+            "version": VERSIONS[self.kind],
+            "inputs": self.inputs,
+            "after": [step.key for step in self.after],
+        }
+        return value_hash(address)[:20]
+
+    def directory(self, out: Path) -> Path:
+        return out / "steps" / self.kind / self.key
+
+    def is_done(self, out: Path) -> bool:
+        return (self.directory(out) / "step.json").is_file()
+
+    def record(self, out: Path) -> dict[str, Any]:
+        """What `step.json` says: inputs and seconds."""
+        return read_json(self.directory(out) / "step.json")
+
+    def tables(self, out: Path) -> dict[str, pd.DataFrame]:
+        """The step's tables, with the study's labels as columns."""
+        from mechinterp.files import read_table
+
+        return {
+            path.stem: read_table(path).assign(**self.labels)
+            for path in sorted(self.directory(out).glob("*.parquet"))
+        }
+
+    def job(self, out: Path) -> Job:
+        return Job(
+            key=self.key,
+            function=f"mechinterp.steps.run_{self.kind}",
+            kwargs={
+                "directory": str(self.directory(out)),
+                "after": [str(step.directory(out)) for step in self.after],
+                "inputs": self.inputs,
+            },
+            after=tuple(step.key for step in self.after if not step.is_done(out)),
+        )
+
+
+def checkpoint_path(train: str | Path, step: int) -> Path:
+    """Where a training step keeps the checkpoint of one optimiser step."""
+    return Path(train) / "trajectory" / f"step-{step:06d}"
+
+
+def run_train(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
+    """Train one arm; `after` is empty or holds the run whose last checkpoint it branches from."""
+    from mechinterp import objectives
+    from mechinterp.checkpoints import open_checkpoint
+    from mechinterp.training.config import ModelConfig, TrainingConfig
+    from mechinterp.training.supervised import train
+
+    begun = time.monotonic()
+    task, _ = _task_and_spec(inputs)
+    start = open_checkpoint(checkpoint_path(after[0], inputs["start_step"])) if after else None
+    # The run directory resumes by itself, so it is not written aside and renamed: step.json, last,
+    # says that it is whole.
+    train(
+        task,
+        config=TrainingConfig(**inputs["training"]),
+        out=Path(directory) / "trajectory",
+        objective=objectives.get(**inputs["objective"]),
+        seed=inputs["seed"],
+        data_order=inputs["data_order"],
+        model=None if start else ModelConfig(**inputs["model"]),
+        start=start,
+    )
+    _finish(Path(directory), inputs, begun)
+
+
+def run_checkpoint(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
+    """Measure one checkpoint: ladder, calibration and probes, for one or more readings of it."""
+    from analyses.checkpoint import Reading, measure_checkpoint
+    from analyses.streams import task_costs
+    from mechinterp.hooked import load
+
+    begun = time.monotonic()
+    task, spec = _task_and_spec(inputs)
+    model = load(checkpoint_path(after[0], inputs["step"]))
+    readings = {
+        arm: Reading(task_costs(task, reading["costs"]), reading["shift"])
+        for arm, reading in inputs["readings"].items()
+    }
+    measures = measure_checkpoint(
+        model,
+        task,
+        readings,
+        spec=spec,
+        n_items=inputs["n_items"],
+        with_latents=inputs["with_latents"],
+        with_probes=inputs["with_probes"],
+    )
+    _write(directory, measures.tables, inputs, begun)
+
+
+def run_recovery(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
+    """The recovery maps of one checkpoint."""
+    from analyses.patching import measure_recovery
+    from mechinterp.hooked import load
+
+    begun = time.monotonic()
+    task, spec = _task_and_spec(inputs)
+    model = load(checkpoint_path(after[0], inputs["step"]))
+    _write(directory, {"patching": measure_recovery(model, task, spec=spec)}, inputs, begun)
+
+
+def run_pair(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
+    """Crossing and cross-checkpoint patches of two checkpoints."""
+    from analyses.cross_checkpoint import measure_cross_checkpoint
+    from analyses.crossing import measure_crossing
+    from analyses.streams import task_costs
+    from mechinterp.hooked import load
+
+    begun = time.monotonic()
+    task, spec = _task_and_spec(inputs)
+    before, after_model = (
+        load(checkpoint_path(run, step)) for run, step in zip(after, inputs["steps"], strict=True)
+    )
+    costs = task_costs(task, inputs["costs"])
+    crossing = measure_crossing(
+        before, after_model, task, costs=costs, spec=spec, margin=inputs["margin"]
+    )
+    tables = {"crossing": crossing}
+    if inputs["with_patches"]:
+        tables["cross_checkpoint"] = measure_cross_checkpoint(before, after_model, task, spec=spec)
+    _write(directory, tables, inputs, begun)
+
+
+def run_competence(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
+    """Does the symmetric network know the task? Without, nothing can be said about damage."""
+    from analyses.competence import measure_competence
+    from mechinterp.hooked import load
+
+    begun = time.monotonic()
+    task, spec = _task_and_spec(inputs)
+    model = load(checkpoint_path(after[0], inputs["step"]))
+    table = measure_competence(model, task, spec=spec, threshold=inputs["threshold"])
+    _write(directory, {"competence": table}, inputs, begun)
+
+
+def _task_and_spec(inputs: dict[str, Any]) -> tuple[Task, AnalysisSpec]:
+    from mechinterp import tasks
+    from mechinterp.spec import AnalysisSpec
+
+    task = tasks.get(inputs["task"], **inputs["settings"])
+    return task, AnalysisSpec(**inputs.get("analysis", {}))
+
+
+def _write(
+    directory: str, tables: Mapping[str, pd.DataFrame], inputs: dict[str, Any], begun: float
+) -> None:
+    with atomic_directory(directory) as temporary:
+        for name, table in tables.items():
+            write_table(temporary / f"{name}.parquet", table)
+        _finish(temporary, inputs, begun)
+
+
+def _finish(directory: Path, inputs: dict[str, Any], begun: float) -> None:
+    write_json(
+        directory / "step.json", {"inputs": inputs, "seconds": round(time.monotonic() - begun, 2)}
+    )

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SYMMETRIC = Objective("cross_entropy")
 LOG_COLUMNS = ["step", "loss", "learning_rate", "gradient_norm", "seconds"]
+Row = dict[Any, Any]  # of the log, by column
 
 
 def train(
@@ -142,7 +143,7 @@ class _Run:
             weight_decay=self.config.weight_decay,
             fused=True,
         )
-        log: list[dict[str, Any]] = []
+        log: list[Row] = []
         if resumable:
             state.restore_optimizer(model, optimizer, self.path(first))
             table = files.read_table(self.log_path)
@@ -178,7 +179,7 @@ class _Run:
         tokens: torch.Tensor,
         labels: torch.Tensor,
         step: int,
-    ) -> dict[str, Any]:
+    ) -> Row:
         """Make the weights of `step` + 1 out of those of `step`; returns a row of the log."""
         began = time.perf_counter()
         learning_rate = self.config.learning_rate_at(step)
@@ -199,7 +200,7 @@ class _Run:
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         step: int,
-        log: list[dict[str, Any]],
+        log: list[Row],
     ) -> None:
         """Write the log, then checkpoint and optimiser state together, then drop older states.
 
@@ -243,7 +244,7 @@ class _Run:
             return self.start.content_hash
         return None if step == 0 else open_checkpoint(self.path(0)).content_hash
 
-    def write_log(self, log: list[dict[str, Any]]) -> None:
+    def write_log(self, log: list[Row]) -> None:
         files.write_table(self.log_path, pd.DataFrame(log, columns=LOG_COLUMNS))
 
     @property

@@ -69,9 +69,7 @@ def patch_by_loop(
         with _hooks(model, grain, [layer], write):
             value = metric_of_run(model, tokens, plan)
         if len(fired) != 1:
-            raise ModelError(
-                f"the patch at {grain}.{layer} was applied {len(fired)} times, not once"
-            )
+            raise ModelError(f"the patch at {grain}.{layer} fired {len(fired)} times, not once")
         return value
 
     n_units = model.n_heads if positions is None else positions.shape[1]

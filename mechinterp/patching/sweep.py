@@ -149,33 +149,47 @@ def patch_by_suffix(
             size = _rows_per_batch(model, tokens.shape[1], start, memory_mb)
             for batch in cells[starts == start].split(size):
                 layers, units, items = batch.unbind(dim=1)
-                final = _grow(suffix, patches, batch)
-                read = final[torch.arange(len(items)), plan.decision[items] - start]
-                values[layers, units, items] = plan.score(model, read, items)
+                final = _grow(suffix, patches, batch, plan.decision[items])
+                values[layers, units, items] = plan.score(model, final, items)
                 advance(len(batch))
     return values, base
 
 
 def _grow(
-    suffix: Suffix, patches: PositionPatches | HeadPatches, cells: Cells
-) -> Float[Tensor, "rows suffix d_model"]:
-    """Take one row per cell to the end of the network; each joins at the block it enters."""
+    suffix: Suffix,
+    patches: PositionPatches | HeadPatches,
+    cells: Cells,
+    decision: Int[Tensor, " cells"],
+) -> Float[Tensor, "cells d_model"]:
+    """Take one row per cell to the end of the network; each joins at the block it enters.
+
+    Returns what enters the final norm at each row's decision position.
+    """
     n_layers = suffix.run.model.n_layers
     layers, units, items = cells.unbind(dim=1)
     joining = torch.bincount(layers + patches.delay, minlength=n_layers + 1).tolist()
-    x = None
-    n = 0
-    for layer in range(int(layers[0]) + patches.delay, n_layers + 1):
-        rows = slice(n, n + joining[layer])
-        n = rows.stop
+    x, n = None, 0
+    for layer in range(n_layers + 1):
         if joining[layer]:
+            rows = slice(n, n + joining[layer])
             new = patches.residuals(layer - patches.delay, units[rows], items[rows], suffix.start)
+            if layer == n_layers:
+                new = _at(new, decision[rows] - suffix.start)
             x = new if x is None else torch.cat([x, new])
-        assert x is not None
-        if layer < n_layers:
+            n = rows.stop
+        if x is not None and layer < n_layers - 1:
             x = suffix.block(layer, x, items[:n])
+        elif x is not None and layer == n_layers - 1:
+            first = int(decision[:n].min())
+            x = _at(suffix.last_block(x, items[:n], first), decision[:n] - first)
     assert x is not None
     return x
+
+
+def _at(
+    x: Float[Tensor, "rows positions d_model"], positions: Int[Tensor, " rows"]
+) -> Float[Tensor, "rows d_model"]:
+    return x[torch.arange(len(x), device=x.device), positions]
 
 
 def check_source(source: HookedModel, model: HookedModel) -> HookedModel:

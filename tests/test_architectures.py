@@ -77,6 +77,18 @@ def test_a_suffix_after_recorded_keys_and_values_is_the_whole_run(family, implem
         torch.testing.assert_close(x[real], expected[real], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_without_padding_a_context_serves_any_number_of_rows(implementation):
+    hooked = shared_model("gemma3", implementation)
+    tokens = random_tokens(3, LENGTH)
+    resid, context = hooked.embed(tokens)
+    more = resid[[0, 1, 2, 1, 0]]
+    for layer in range(N_LAYERS):
+        resid = hooked.block(layer, resid, context)
+        more = hooked.block(layer, more, context)
+    torch.testing.assert_close(more, resid[[0, 1, 2, 1, 0]], atol=1e-5, rtol=1e-5)
+
+
 def test_masks_and_rotary_embeddings_differ_by_layer_where_the_family_says_so():
     tokens = random_tokens(1, LENGTH)
     for family in ("gemma2", "gemma3", "qwen2_sliding"):

@@ -1,6 +1,7 @@
 """The bridge as an oracle, and a guard for each thing that TransformerLens 4.3 gets wrong."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mechinterp.errors import ModelError, SiteError
 from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention
 from mechinterp.sites import GRAINS, Site
+from mechinterp.threads import limit_threads
 
 TOKENS = random_tokens(2, 9)
 
@@ -303,6 +305,24 @@ def test_start_at_layer_is_ours_to_skip():
         with torch.no_grad():
             theirs = hooked.bridge()(resid, start_at_layer=2)
         torch.testing.assert_close(hooked.run_from_layer(2, resid), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_threads_are_limited_when_asked_and_idle_ones_sleep(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "unset")
+        monkeypatch.delenv(name)
+    before = torch.get_num_threads()
+    try:
+        limit_threads(3)
+        assert torch.get_num_threads() == 3
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+        monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+        limit_threads()
+        assert torch.get_num_threads() == 1
+        assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"  # the user's choice stands
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_bridge_is_kept_until_it_is_stale():

@@ -784,7 +784,10 @@ def test_importing_the_package_does_not_import_torch():
 
 @pytest.mark.slow
 def test_importing_hooked_does_not_import_transformer_lens():
-    run_python("import sys, mechinterp.hooked; assert 'transformer_lens' not in sys.modules")
+    run_python(
+        "import sys, torch; threads = torch.get_num_threads(); import mechinterp.hooked;"
+        "assert 'transformer_lens' not in sys.modules; assert torch.get_num_threads() == threads"
+    )
 
 
 def test_transformer_lens_is_imported_inside_functions_only():

@@ -19,7 +19,7 @@ _TASKS = {
         "synthetic findings in a record: known latents, known posterior",
     ),
     "digits": ("digits", "Digits", "8x8 images as tokens: is the digit in a subset of the ten?"),
-    "comparison": ("comparison", "Comparison", "is the first number larger? for language models"),
+    "sentiment": ("sentiment", "Sentiment", "is a one-line review positive? for language models"),
 }
 
 

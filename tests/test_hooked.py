@@ -505,11 +505,9 @@ def test_gradients_at_sites_are_finite_differences(family, frozen):
             assert float((gradient * direction).sum()) == pytest.approx(float(difference), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SEQUENTIAL)
 def test_the_gradient_at_resid_mid_is_the_gradient_at_attn_out(family):
     hooked, tokens = shared_model(family), random_tokens(2, 5)
-    if hooked.architecture.parallel:
-        pytest.skip("parallel blocks have no resid_mid")
     logits, captured = hooked.run(tokens, sites=["attn_out.1", "resid_mid.1"], grad=True)
     at_attention, at_mid = torch.autograd.grad(
         logits[..., 3].sum(), [captured["attn_out.1"], captured["resid_mid.1"]]

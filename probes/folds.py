@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Int
@@ -16,6 +18,8 @@ def grouped_folds(
     labels: Int[Tensor, "items ..."],
     n_folds: int = 5,
     seed: int = 0,
+    *,
+    names: Sequence[str] | None = None,
 ) -> Int[Tensor, " items"]:
     """The fold 0..n_folds-1 of each item; items of one group share a fold.
 
@@ -23,7 +27,7 @@ def grouped_folds(
     drawn from `seed`, go where they leave the squared relative deviations of all class counts and
     of the fold sizes smallest.
 
-    Raises AnalysisError where a fold lacks a class of some column.
+    Raises AnalysisError where a fold lacks a class of some column; `names` are for its message.
     """
     columns = (labels[:, None] if labels.ndim == 1 else labels).cpu().numpy()
     _, group = np.unique(groups.cpu().numpy(), return_inverse=True)
@@ -57,9 +61,10 @@ def grouped_folds(
     missing = np.argwhere(surplus + share < 0.5)
     if len(missing):
         column, value = classes[missing[0, 1]]
+        name = names[column] if names else f"column {column}"
         n_having = int((counts[:, missing[0, 1]] > 0).sum())
         raise AnalysisError(
-            f"labels: {n_folds} folds cannot all have class {value} of column {column}, which "
+            f"labels: {n_folds} folds cannot all have class {value} of {name}, which "
             f"occurs in {n_having} groups; use fewer folds, more items, or merge classes"
         )
     return torch.from_numpy(fold_of_group[group])

@@ -65,7 +65,7 @@ def fit_logistic(
     X: Float[Tensor, "n d"],
     targets: Float[Tensor, "n k"],
     *,
-    l2: float | Float[Tensor, " k"],
+    l2: float | Float[Tensor, "k d"] | Float[Tensor, " k"],
     weights: Float[Tensor, "n k"] | Float[Tensor, " n"] | None = None,
     offset: Float[Tensor, "n k"] | None = None,
     init: LogisticFit | None = None,
@@ -75,7 +75,8 @@ def fit_logistic(
     """Fit k logistic regressions of `targets` in [0, 1] on the same `X`, in float64.
 
     Column j minimises  sum_i w_ij CE(t_ij, sigmoid(x_i . coef_j + intercept_j + offset_ij))
-    + l2_j / 2 |coef_j|^2. `init` is a warm start: an earlier fit of these k columns, or of one.
+    + l2_j / 2 |coef_j|^2; an `l2` of shape [k d] penalises each feature by its own strength. `init`
+    is a warm start: an earlier fit of these k columns, or of one.
 
     Raises AnalysisError for invalid input, such as a column whose targets are constant, and
     ConvergenceError where `gradient_norm` stays above `tol`, or where l2 is 0 and the targets are
@@ -102,7 +103,7 @@ def fit_softmax(
     X: Float[Tensor, "n d"],
     targets: Float[Tensor, "n *k a"],
     *,
-    l2: float | Float[Tensor, " k"],
+    l2: float | Float[Tensor, "k d"] | Float[Tensor, " k"],
     offset: Float[Tensor, "n *k a"] | None = None,
     init: SoftmaxFit | None = None,
     tol: float = 1e-6,
@@ -145,7 +146,7 @@ def fit_softmax(
         None if offset is None else rearrange(offset, "n k a -> k a n"),
         l2,
     )
-    if X.shape[1] and (problems.penalty.amax((1, 2)) == 0).any():
+    if (problems.penalty[..., :-1] == 0).any():
         raise AnalysisError("l2: softmax regression needs l2 > 0; use a small value such as 1e-6")
     start = None if init is None else (init.coef, init.intercept)
     return SoftmaxFit(*_solve(problems, start, tol, max_iter))
@@ -166,17 +167,18 @@ def _standardise(
     targets: Float[Tensor, "k c n"],
     weights: Float[Tensor, "k n"],
     offset: Float[Tensor, "k c n"] | None,
-    l2: float | Float[Tensor, " k"],
+    l2: float | Float[Tensor, "k d"] | Float[Tensor, " k"],
 ) -> Problems:
     """Check the input and write it as problems on a standardised design.
 
     Standardising changes neither optimum nor penalty: coordinate j is penalised by l2 / scale_j^2.
     """
+    (n, d), k = X.shape, len(targets)
     double = {"dtype": torch.float64, "device": X.device}
     targets, weights, l2 = targets.to(**double), weights.to(**double), torch.as_tensor(l2, **double)
     offset = torch.zeros((), **double) if offset is None else offset.to(**double)
-    if l2.ndim > 1 or l2.numel() not in (1, len(targets)):
-        raise AnalysisError(f"l2: expected one number or {len(targets)}, got {list(l2.shape)}")
+    if tuple(l2.shape) not in {(), (1,), (k,), (k, 1), (k, d)}:
+        raise AnalysisError(f"l2: expected one number, {k} or [{k}, {d}], got {list(l2.shape)}")
     if not l2.isfinite().all() or (l2 < 0).any() or (weights < 0).any():
         raise AnalysisError("l2, weights: must be finite and not negative")
     if not ((targets >= 0) & (targets <= 1)).all():
@@ -190,7 +192,6 @@ def _standardise(
             f"targets: in column {column} a class has no weight, so no intercept is optimal; "
             "leave the column out or merge classes"
         )
-    n, d = X.shape
     design = torch.empty(
         n, d + 1, **double
     )  # worked on in place: fresh memory costs more than sums
@@ -205,13 +206,13 @@ def _standardise(
     varies = spread > 1e-10 * centre[:d].abs()
     scale[:d] = torch.where(varies, spread, 1.0)
     design /= scale
-    ridge = torch.nn.functional.pad(scale[:d] ** -2, (0, 1))
+    penalty = (l2 if l2.ndim == 2 else l2[..., None]).expand(k, d) / scale[:d] ** 2
     return Problems(
         design=design,
         targets=targets,
         weights=weights,
         offset=offset.expand(targets.shape),
-        penalty=l2.expand(len(targets))[:, None, None] * ridge,
+        penalty=torch.nn.functional.pad(penalty, (0, 1))[:, None],
         centre=centre,
         scale=scale,
     )
@@ -229,8 +230,8 @@ def _solve(
         theta[:] = torch.cat([coef * scale[:-1], (intercept + coef @ centre)[..., None]], -1)
 
     theta, n_iter = _descend(problems, theta, tol, max_iter)
-    if c > 1:  # a vector common to all classes changes no probability; the penalty wants it 0
-        theta = theta - theta.mean(1, keepdim=True)
+    if c > 1:  # a constant common to all classes changes nothing: report the intercepts with sum 0
+        theta[..., -1] -= theta[..., -1].mean(1, keepdim=True)
 
     z = problems.logits(theta) + problems.offset
     gradient = problems.gradient(z, theta)

@@ -8,6 +8,7 @@ problems [k D] @ [D n] is two to six times as fast as [n D] @ [D k].
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from einops import rearrange
@@ -16,7 +17,7 @@ from torch import Tensor
 
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 _MAX_HALVINGS = 30
-_MEMORY = 10  # pairs of (step, change of gradient) that L-BFGS remembers
+_MEMORY = 5  # pairs of (step, change of gradient) that L-BFGS remembers
 _TINY = 1e-30
 
 
@@ -96,8 +97,8 @@ class Metric:
         """
         total, c = problems.weights.sum(1), problems.targets.shape[1]
         size = (0.25 if c == 1 else 0.5) * total
-        strength = problems.penalty.amax((1, 2))
-        unit = problems.penalty[strength.argmax(), 0] / strength.amax().clamp_min(_TINY)
+        strength = problems.penalty.mean((1, 2))
+        unit = problems.penalty.mean((0, 1)) / strength.mean().clamp_min(_TINY)
         # It only preconditions, so one inverse serves all strengths within a factor of two.
         octaves, group = (strength / size).log2().round().unique(return_inverse=True)
         gram = _grams(problems.design, (problems.weights / total[:, None]).mean(0, keepdim=True))
@@ -116,11 +117,16 @@ class Metric:
         return cls(inverse, group, torch.ones_like(theta[:, 0, 0]))
 
     def solve(self, gradient: Float[Tensor, "k c D"]) -> Float[Tensor, "k c D"]:
-        solution = torch.empty_like(gradient)
-        for group in self.group.unique():
-            members = self.group == group
-            solution[members] = gradient[members] @ self.inverse[group]
-        return solution / self.size[:, None, None]
+        rows = rearrange(gradient, "k c D -> (k c) D")
+        solution = torch.empty_like(rows)
+        for inverse, members in self._served:
+            solution[members] = rows[members] @ inverse
+        return solution.view_as(gradient) / self.size[:, None, None]
+
+    @cached_property
+    def _served(self) -> list[tuple[Float[Tensor, "D D"], Int[Tensor, " rows"]]]:
+        group = self.group.flatten()
+        return [(self.inverse[g], (group == g).nonzero()[:, 0]) for g in group.unique()]
 
     def select(self, kept: Bool[Tensor, " k"]) -> Metric:
         return replace(self, group=self.group[kept], size=self.size[kept])

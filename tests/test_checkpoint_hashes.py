@@ -26,8 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
+from transformers import LlamaConfig
 
 from mechinterp.checkpoints import open_checkpoint
+from mechinterp.checkpoints.pretrained import essential_config
 from mechinterp.checkpoints.weights import _has_non_finite, digest_tensor, read_tensors
 from mechinterp.errors import CheckpointError
 
@@ -105,6 +107,21 @@ def test_hash_stays(case, tmp_path):
     after = open_checkpoint(before.path)
     assert after.content_hash == before.content_hash
     assert same_weights(after.load_model(), tiny_model(family))
+
+
+def test_hash_stays_when_transformers_adds_a_field(tmp_path):
+    """A config of today, read by a class that has one field more."""
+    path = tiny_checkpoint(tmp_path / "checkpoint").path
+    values = json.loads((path / "config.json").read_text())
+
+    class LaterConfig(LlamaConfig):
+        sparkle: float = 0.5
+
+    today, later = LlamaConfig.from_dict(values), LaterConfig.from_dict(values)
+    assert later.to_dict()["sparkle"] == 0.5
+    assert essential_config(later) == essential_config(today)
+    values["sparkle"] = 0.6
+    assert essential_config(LaterConfig.from_dict(values)) != essential_config(today)
 
 
 def test_hash_stays_when_defaults_are_left_out(tmp_path):

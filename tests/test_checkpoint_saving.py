@@ -60,7 +60,11 @@ def test_what_is_given_is_kept(tmp_path):
     assert copied.tokenizer_parts == checkpoint.tokenizer_parts
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (copied.path / name).read_bytes() == (checkpoint.path / name).read_bytes()
-    assert not save_checkpoint(model, tmp_path / "without").has_tokenizer
+    without = save_checkpoint(model, tmp_path / "without")
+    assert not without.has_tokenizer
+    with pytest.raises(CheckpointError, match="copied: has no tokenizer files"):
+        save_checkpoint(model, tmp_path / "copied", tokenizer=without)
+    assert open_checkpoint(copied.path) == copied
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path):

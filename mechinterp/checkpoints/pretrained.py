@@ -117,9 +117,8 @@ def read_model_class(
             f"{path}: auto_map (remote code) is ignored; {shipped} is built into transformers",
             stacklevel=2,
         )
-    values = {name: value for name, value in values.items() if name != "auto_map"}
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(values)
+        config = CONFIG_MAPPING[model_type].from_dict(dict(values))
     except Exception as error:  # transformers validates configs with many kinds of exception
         raise _does_not_describe(path, shipped, error) from error
     return getattr(transformers, shipped), config

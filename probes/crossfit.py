@@ -127,10 +127,11 @@ def cross_fit(
     g is an inner fold of f, and f one of g. Deviations, strengths and weights never see the fold
     that they are scored on.
     """
-    X, n_folds, grid = X.double(), config.n_folds, X.new_tensor(config.strengths).double()
-    k, distances = labels.shape[1], range(1, config.n_inner_folds // 2 + 1)
+    X, n_folds, k = X.double(), config.n_folds, labels.shape[1]
+    grid = X.new_tensor(config.strengths)
     in_fold = folds == torch.arange(n_folds, device=folds.device)[:, None]
-    pairs = [(f, (f + distance) % n_folds) for distance in distances for f in range(n_folds)]
+    reach = range(1, config.n_inner_folds // 2 + 1)
+    pairs = [(f, (f + step) % n_folds) for step in reach for f in range(n_folds)]
     train = torch.stack([~(in_fold[f] | in_fold[g]) for f, g in pairs])
     strengths = repeat(grid, "m -> s m k", s=len(pairs), k=k)
     probes = fit_probes(X, labels, n_values, train=train, strengths=strengths, tol=config.tol)
@@ -146,9 +147,16 @@ def cross_fit(
     probes = fit_probes(
         X, labels, n_values, train=~in_fold, strengths=chosen[:, None], tol=config.tol
     )
-    log_probabilities = X.new_zeros(len(X), k, n_values)
-    for f, rows in enumerate(in_fold):
-        log_probabilities[rows] = probes[f][0].log_probabilities(X[rows])
-    return CrossFit(
-        log_probabilities, chosen, LinearProbes(probes.coef[:, 0], probes.intercept[:, 0])
-    )
+    probes = LinearProbes(probes.coef[:, 0], probes.intercept[:, 0])
+    return CrossFit(out_of_fold(probes, X, folds), chosen, probes)
+
+
+def out_of_fold(
+    probes: LinearProbes, X: Float[Tensor, "n d"], folds: Int[Tensor, " n"]
+) -> Float[Tensor, "n k a"]:
+    """Log probabilities of each item from the probes [folds k] fitted without its fold."""
+    log_probabilities = probes.coef.new_empty(len(X), *probes.intercept.shape[1:])
+    for fold in range(len(probes.coef)):
+        rows = folds == fold
+        log_probabilities[rows] = probes[fold].log_probabilities(X[rows])
+    return log_probabilities

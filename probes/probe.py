@@ -61,18 +61,9 @@ def probe_latents(
     lengths differ.
     """
     config = config or ProbeConfig()
-    for name, length in {
-        **{f"activations[{layer}]": len(x) for layer, x in activations.items()},
-        **{f"latents[{name!r}]": len(z) for name, z in latents.items()},
-    }.items():
-        if length != len(groups):
-            raise AnalysisError(f"{name}: has {length} items, groups has {len(groups)}")
     values, codes = {}, {}  # codes: (latent, kind) -> index into the latent's values
     for name, latent in latents.items():
-        found, codes[name, "latent"] = latent.unique(return_inverse=True)
-        values[name] = tuple(found.tolist())
-        if len(found) < 2:
-            raise AnalysisError(f"latents[{name!r}]: has one value only; there is nothing to probe")
+        values[name], codes[name, "latent"] = encode(name, latent, len(groups))
         if control_types is not None:
             types = control_types[name] if isinstance(control_types, Mapping) else control_types
             generator = derive_generator(config.seed, "control task", name)
@@ -91,8 +82,7 @@ def probe_latents(
     records, log_probabilities = [], {name: [] for name in latents}
     with progress_bar("probes", len(activations), unit="layer") as advance:
         for layer, x in activations.items():
-            if not x.isfinite().all():
-                raise AnalysisError(f"activations[{layer}]: contains NaN or infinite values")
+            check_activations(f"activations[{layer}]", x, len(groups))
             measured = {}
             for n_values, keys in batches.items():
                 labels = torch.stack([codes[key] for key in keys], 1)
@@ -115,6 +105,26 @@ def probe_latents(
         layers=tuple(activations),
         folds=folds,
     )
+
+
+def encode(
+    name: str, latent: Int[Tensor, " items"], n_items: int
+) -> tuple[tuple[int, ...], Int[Tensor, " items"]]:
+    """The sorted values of a latent, and each item's index into them."""
+    if len(latent) != n_items:
+        raise AnalysisError(f"latents[{name!r}]: has {len(latent)} items, groups has {n_items}")
+    values, codes = latent.unique(return_inverse=True)
+    if len(values) < 2:
+        raise AnalysisError(f"latents[{name!r}]: has one value only; there is nothing to probe")
+    return tuple(values.tolist()), codes
+
+
+def check_activations(name: str, x: Float[Tensor, "items d_model"], n_items: int) -> None:
+    """Raise AnalysisError unless `x` is finite and has a row per item."""
+    if x.ndim != 2 or len(x) != n_items:
+        raise AnalysisError(f"{name}: expected shape [{n_items}, d_model], got {list(x.shape)}")
+    if not x.isfinite().all():
+        raise AnalysisError(f"{name}: contains NaN or infinite values")
 
 
 def control_labels(

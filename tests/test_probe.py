@@ -243,7 +243,9 @@ def test_invalid_input_is_named():
     groups = torch.arange(100)
     with pytest.raises(AnalysisError, match=r"latents\['z'\]: has one value only"):
         probe_latents({0: X}, {"z": latent * 0}, groups=groups)
-    with pytest.raises(AnalysisError, match=r"activations\[0\]: has 99 items, groups has 100"):
+    with pytest.raises(
+        AnalysisError, match=r"activations\[0\]: expected shape \[100, d_model\], got \[99, 4\]"
+    ):
         probe_latents({0: X[1:]}, {"z": latent}, groups=groups)
     with pytest.raises(AnalysisError, match=r"class 1 of z \(latent\)"):
         probe_latents({0: X}, {"z": (groups < 2).long()}, groups=groups)

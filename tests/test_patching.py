@@ -282,6 +282,17 @@ def test_recovery_by_hand():
     assert noising.recovery.flatten().tolist() == [1.0, 0.5]
 
 
+@pytest.mark.parametrize("index", [slice(1, 3), np.array([False, True, True, False])])
+def test_selected_items_are_a_result_of_their_own(index):
+    corrupt, clean = pairs()
+    selected = run("mlp_out").select(index)
+    metric = logit_diff(torch.tensor([2, 3]), torch.tensor([6, 7]))
+    alone = run("mlp_out", corrupt=corrupt[1:3], clean=clean[1:3], metric=metric)
+    torch.testing.assert_close(selected.recovery, alone.recovery, rtol=1e-3, atol=1e-4)
+    assert len(by_role(selected, np.full((2, N_POSITIONS), "a"))) == N_LAYERS
+    assert run("head").select(index).to_table()["n_items"].max() <= 2
+
+
 def test_head_table_names_heads():
     table = run("head").to_table()
     assert table.columns[:4].tolist() == ["grain", "direction", "layer", "head"]

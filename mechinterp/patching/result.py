@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -53,6 +53,18 @@ class PatchingResult:
         """effect / gap: 0 if the patch did nothing, 1 if it did all; NaN where |gap| < MIN_GAP."""
         gap = torch.where(self.gap.abs() < MIN_GAP, torch.nan, self.gap)
         return self.effect / gap
+
+    def select(self, index: Tensor | np.ndarray | slice) -> PatchingResult:
+        """The result for the items at `index` (a slice, an index array or a mask)."""
+        if isinstance(index, np.ndarray):
+            index = torch.as_tensor(index)
+        return replace(
+            self,
+            values=self.values[..., index],
+            corrupt_metric=self.corrupt_metric[index],
+            clean_metric=self.clean_metric[index],
+            positions=None if self.positions is None else self.positions[index],
+        )
 
     def to_table(self) -> pd.DataFrame:
         """One row per (layer, position) or (layer, head): see `by_role` for the columns.

@@ -17,7 +17,6 @@ from analyses.ladder import CURRENCIES
 from analyses.pair import Pair, run_script
 from analyses.streams import action_shift, check_fits, read_streams
 from mechinterp import decisions
-from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.crossing import cross, shapley_shares
 from mechinterp.spec import AnalysisSpec
@@ -100,10 +99,11 @@ def measure_crossing(
     return pd.DataFrame(rows)
 
 
-def find_verdict_cut(before: HookedModel, task: Task, *, spec: AnalysisSpec) -> int:
+def find_verdict_cut(before: HookedModel, task: Task, *, spec: AnalysisSpec) -> int | None:
     """The first boundary at which a readout reaches 95% of what any boundary's readout reaches.
 
-    In log score at symmetric costs above the best constant, on the validation split.
+    In log score at symmetric costs above the best constant, on the validation split. None where no
+    layer says anything about the label: such a network has no decision to cut in two.
     """
     items = task.sample(spec.crossing_items, seed=spec.seed, split="validation")
     streams = read_streams(before, items, task, batch_size=spec.batch_size)
@@ -119,10 +119,7 @@ def find_verdict_cut(before: HookedModel, task: Task, *, spec: AnalysisSpec) -> 
         score = decisions.value(readouts.logits["head"], target, symmetric).log_score
         gains.append(score - constant)
     if max(gains) <= 0:
-        raise AnalysisError(
-            f"crossing: no layer of the before network says anything about task {task.name!r}; "
-            "its decision cannot be cut in two"
-        )
+        return None
     return 1 + next(i for i, gain in enumerate(gains) if gain >= DEPTH_SHARE * max(gains))
 
 

@@ -1,0 +1,102 @@
+"""Specs: a mistake gives one line that names the file, the field and what would be right."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mechinterp.errors import SpecError
+from mechinterp.spec import load_study, load_task
+
+MAIN = Path(__file__).parents[1] / "studies" / "main.yaml"
+
+
+def set_in(value, path, new):
+    *parents, last = path
+    for key in parents:
+        value = value[key]
+    if new is None:
+        del value[last]
+    else:
+        value[last] = new
+
+
+@pytest.mark.parametrize("preset", [None, "quick", "full"])
+def test_the_shipped_study_is_valid(preset):
+    spec = load_study(MAIN, preset=preset)
+    assert set(spec.tasks) == {"triage", "digits"}
+    assert spec.seeds == (4 if preset == "quick" else 8)
+    for task in spec.tasks.values():
+        for regime in spec.regimes:
+            steps = task.training_of(regime).checkpoint_steps
+            assert steps is not None
+            assert len(steps) >= 7  # 6 log-spaced ones and step 0
+
+
+def test_a_preset_lies_over_the_spec():
+    quick, full = (load_study(MAIN, preset=p).tasks["triage"] for p in ("quick", "full"))
+    assert quick.settings == full.settings
+    assert quick.init_steps < full.init_steps
+
+
+@pytest.mark.parametrize(
+    ("path", "new", "message"),
+    [
+        (["nose"], 1, "nose: unknown key; known here: competence"),
+        (["seeds"], "many", "seeds: .*integer.*'many'"),
+        (["seeds"], 0, "seeds: .*greater than or equal to 1"),
+        (["tasks", "triage", "task"], None, "tasks.triage.task: missing"),
+        (["tasks", "triage", "task"], "tirage", "'tirage' does not exist"),
+        (["tasks", "triage", "nose"], 1, "tasks.triage.nose: unknown key; known here: analysis"),
+        (["tasks", "triage", "settings", "nose"], 1, "tasks.triage.settings: .*'nose'"),
+        (["tasks", "triage", "analysis"], {"ladder_itms": 1}, "ladder_itms: unknown key"),
+        (["tasks", "triage", "model"], {"width": 1}, "unknown key 'width'"),
+        (["tasks", "triage", "model"], {"d_model": 50}, "d_model .50. must be a multiple"),
+        (["tasks", "triage", "training"], {"learning_rate": "fast"}, "learning_rate"),
+        (["regimes"], ["sideways"], "regimes.0: "),
+        (["weights"], {"w": "heavy"}, "weights.w"),
+        (["tasks"], None, "tasks: missing"),
+    ],
+)
+def test_bad_study(tmp_path, path, new, message):
+    raw = copy.deepcopy(yaml.safe_load(MAIN.read_text()))
+    set_in(raw, path, new)
+    spec = tmp_path / "bad.yaml"
+    spec.write_text(yaml.safe_dump(raw))
+    with pytest.raises(SpecError, match=message) as caught:
+        load_study(spec)
+    assert "\n" not in str(caught.value)
+    assert str(spec) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2", "not YAML"),
+        ("- a\n- b", "expected keys and values"),
+        ("", "expected keys and values"),
+    ],
+)
+def test_files_that_are_no_spec(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(SpecError, match=message):
+        load_study(tmp_path / "x.yaml")
+    with pytest.raises(SpecError, match="no such file"):
+        load_study(tmp_path / "absent.yaml")
+
+
+def test_an_unknown_preset_names_those_there_are():
+    with pytest.raises(SpecError, match="no preset 'slow'; it has: quick, full"):
+        load_study(MAIN, preset="slow")
+
+
+def test_task_by_name_or_file(tmp_path):
+    assert load_task("triage").make().name == "triage"
+    path = tmp_path / "task.yaml"
+    path.write_text("task: triage\nsettings: {n_decoys: 2}\ncosts: {w: [0.2, 1.8]}\n")
+    assert load_task(path).make().n_decoys == 2  # type: ignore[attr-defined]
+    with pytest.raises(SpecError, match="neither a task"):
+        load_task("tirage")

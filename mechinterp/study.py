@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -235,6 +236,8 @@ def run_study(
 
 def _run(missing: list[Step], plan: Plan, out: Path, n_workers: int) -> float:
     begun = time.monotonic()
+    for remains in (out / "steps").glob("*/.*.tmp-*"):  # of a run that was killed
+        shutil.rmtree(remains)
     if missing:
         done = len(plan.steps) - len(missing)
         print(

@@ -1,4 +1,4 @@
-"""The study end to end, at a size for tests: complete, resumable, repeatable, and compare agrees."""
+"""The study end to end, at a size for tests: complete, resumable, and compare agrees."""
 
 from __future__ import annotations
 
@@ -133,13 +133,11 @@ def test_killed_anywhere_it_ends_with_the_same_tables(finished, tmp_path):
     """SIGKILL after ever longer whiles, until the study is through."""
     spec, out = finished
     again = tmp_path / "again"
-    arguments = [
-        *(Path(sys.executable).parent / "mechinterp", "study", spec),
-        *("--out", again, "--workers", "2"),
-    ]
+    command = Path(sys.executable).parent / "mechinterp"
+    arguments = [str(a) for a in (command, "study", spec, "--out", again, "--workers", 2)]
     for attempt in range(20):
         process = subprocess.Popen(
-            [str(a) for a in arguments],
+            arguments,
             env=QUIET,
             start_new_session=True,
             stderr=subprocess.DEVNULL,

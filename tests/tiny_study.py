@@ -1,4 +1,4 @@
-"""A study small enough for tests: every kind of step, on networks that have learnt next to nothing."""
+"""A study small enough for tests: every kind of step, on networks that learnt nothing."""
 
 from __future__ import annotations
 

@@ -1,0 +1,191 @@
+"""The command line: quick help, one clear line for bad input, and nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_study import ANALYSIS, write_spec
+
+from mechinterp import tasks
+from mechinterp.checkpoints import save_checkpoint
+from mechinterp.cli import main
+from mechinterp.files import read_json
+from mechinterp.training.config import ModelConfig
+from mechinterp.training.organism import initial_model
+
+COMMAND = str(Path(sys.executable).parent / "mechinterp")
+TASK = {"linear": [1.5], "xor": [2.0], "n_fillers": 1}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two random networks and a task file."""
+    directory = tmp_path_factory.mktemp("pair")
+    config = ModelConfig(n_layers=2, d_model=16, n_heads=2, n_kv_heads=2, d_mlp=16)
+    for seed, name in enumerate(("before", "after")):
+        model = initial_model(config, tasks.get("triage", **TASK), seed=seed)
+        save_checkpoint(model, directory / name)
+    task = {"task": "triage", "settings": TASK, "analysis": ANALYSIS}
+    (directory / "task.yaml").write_text(yaml.safe_dump(task))
+    return directory
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of a command."""
+    status = 0
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as exit:
+        status = exit.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_and_import_are_quick():
+    """Under a second where nothing else runs; here with room for a busy machine."""
+    heavy = (
+        "import sys, mechinterp.cli; print([m for m in ('torch', 'pandas') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True)
+    assert loaded.stdout.strip() == "[]"
+    begun = time.process_time()
+    shown = subprocess.run([COMMAND, "--help"], capture_output=True, text=True)
+    assert time.process_time() - begun < 1
+    for command in ("study", "compare", "probe", "patch", "figures", "report", "tasks", "inspect"):
+        assert command in shown.stdout
+
+
+def test_tasks(capsys):
+    _, out, _ = run(capsys, "tasks")
+    assert {line.split()[0] for line in out.splitlines()} == set(tasks.names())
+    _, out, _ = run(capsys, "tasks", "triage")
+    assert tasks.get("triage", **yaml.safe_load(out)["settings"]) == tasks.get("triage")
+
+
+def test_inspect(capsys, pair):
+    status, out, _ = run(capsys, "inspect", pair / "before")
+    assert status == 0
+    assert "LlamaForCausalLM" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "/absent"), "/absent"),
+        (("inspect", "org/name"), "hf download"),
+        (("tasks", "tirage"), "'tirage' does not exist"),
+        (("study", "/absent.yaml", "--out", "OUT"), "/absent.yaml: no such file"),
+        (("compare", "/absent", "/absent", "--task", "triage", "--out", "OUT"), "/absent"),
+        (("compare", "BEFORE", "AFTER", "--task", "tirage", "--out", "OUT"), "neither a task"),
+        (("compare", "BEFORE", "AFTER", "--task", "digits", "--out", "OUT"), "task"),
+        (("figures", "/absent"), "has no tables/"),
+        (("report", "/absent"), "has no tables/"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(capsys, pair, tmp_path, arguments, message):
+    places = {"BEFORE": pair / "before", "AFTER": pair / "after", "OUT": tmp_path / "out"}
+    # Nothing is wrong with digits but that these networks have too few tokens for it.
+    status, _, err = run(capsys, *(places.get(a, a) for a in arguments))
+    assert status == 2
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_spec_is_one_line(capsys, tmp_path):
+    spec = write_spec(tmp_path)
+    spec.write_text(spec.read_text() + "nose: 1\n")
+    status, _, err = run(capsys, "study", spec, "--out", tmp_path / "out")
+    assert status == 2
+    assert "nose: unknown key" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_with_nan_is_refused(capsys, pair, tmp_path):
+    model = initial_model(ModelConfig(n_layers=1, d_model=16), tasks.get("triage"), seed=0)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    status, _, err = run(capsys, "inspect", tmp_path / "nan")
+    assert status == 2
+    assert "lm_head.weight" in err
+
+
+def test_compare_leaves_verdict_tables_figures_and_report(capsys, pair, tmp_path):
+    arguments = ("compare", pair / "before", pair / "after", "--control", pair / "before")
+    out = tmp_path / "out"
+    status, printed, _ = run(capsys, *arguments, "--task", pair / "task.yaml", "--out", out)
+    assert status == 0
+    verdict = read_json(out / "verdict.json")
+    assert verdict["verdict"] in ("none", "learning", "choosing", "both", "inconclusive")
+    assert f"verdict: {verdict['verdict']}" in printed
+    for side in ("learning", "choosing"):
+        assert set(verdict[side]) == {"delta", "ci", "p", "state"}
+    assert verdict["reference"] == "control"
+    assert set(verdict["minimum_detectable"]) == {"learning", "choosing"}
+    assert (out / "report.html").is_file()
+    assert {path.stem for path in (out / "tables").glob("*.parquet")} >= {
+        *("ladder", "ladder_half", "losses", "contrasts", "probes", "patching"),
+        *("crossing", "cross_checkpoint", "calibration", "calibration_summary"),
+    }
+    assert (out / "figures" / "crossing.svg").is_file()
+
+
+def test_a_network_and_itself_differ_in_nothing(capsys, pair, tmp_path):
+    arguments = ("compare", pair / "before", pair / "before", "--task", pair / "task.yaml")
+    run(capsys, *arguments, "--out", tmp_path / "out")
+    verdict = read_json(tmp_path / "out" / "verdict.json")
+    assert verdict["verdict"] == "none"
+    assert verdict["learning"]["delta"] == verdict["choosing"]["delta"] == 0.0
+
+
+def test_single_instruments(capsys, pair, tmp_path):
+    for command, table in (("probe", "probes"), ("patch", "patching")):
+        out = tmp_path / command
+        status, printed, _ = run(
+            capsys, command, pair / "before", "--task", pair / "task.yaml", "--out", out
+        )
+        assert status == 0
+        assert f"{table}.parquet" in printed
+
+
+@pytest.mark.parametrize("name", ["ladder", "crossing"])
+def test_analyses_and_figures_run_as_scripts(pair, tmp_path, name):
+    root = Path(__file__).parents[1]
+    analysis = subprocess.run(
+        [
+            sys.executable,
+            root / "analyses" / f"{name}.py",
+            pair / "before",
+            pair / "after",
+            "--task",
+            pair / "task.yaml",
+            "--out",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert analysis.returncode == 0, analysis.stderr
+    assert (tmp_path / "figures" / f"{name}.pdf").is_file()
+    figure = subprocess.run(
+        [
+            sys.executable,
+            root / "figures" / f"{name}.py",
+            tmp_path / "tables",
+            "--out",
+            tmp_path / "again",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert figure.returncode == 0, figure.stderr
+    first, second = (tmp_path / d / f"{name}.svg" for d in ("figures", "again"))
+    assert first.read_bytes() == second.read_bytes()

@@ -158,34 +158,16 @@ def test_single_instruments(capsys, pair, tmp_path):
 
 @pytest.mark.parametrize("name", ["ladder", "crossing"])
 def test_analyses_and_figures_run_as_scripts(pair, tmp_path, name):
-    root = Path(__file__).parents[1]
-    analysis = subprocess.run(
-        [
-            sys.executable,
-            root / "analyses" / f"{name}.py",
-            pair / "before",
-            pair / "after",
-            "--task",
-            pair / "task.yaml",
-            "--out",
-            tmp_path,
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert analysis.returncode == 0, analysis.stderr
+    root, before, after = Path(__file__).parents[1], pair / "before", pair / "after"
+
+    def script(path, *arguments):
+        command = [sys.executable, root / path, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+    task = ("--task", pair / "task.yaml")
+    script(f"analyses/{name}.py", before, after, *task, "--out", tmp_path)
     assert (tmp_path / "figures" / f"{name}.pdf").is_file()
-    figure = subprocess.run(
-        [
-            sys.executable,
-            root / "figures" / f"{name}.py",
-            tmp_path / "tables",
-            "--out",
-            tmp_path / "again",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert figure.returncode == 0, figure.stderr
+    script(f"figures/{name}.py", tmp_path / "tables", "--out", tmp_path / "again")
     first, second = (tmp_path / d / f"{name}.svg" for d in ("figures", "again"))
     assert first.read_bytes() == second.read_bytes()

@@ -161,6 +161,17 @@ def test_only_what_a_patch_can_reach_is_run(monkeypatch):
     assert seen == [whole + first, whole + first + later, whole + rows]
 
 
+def test_after_the_last_block_only_the_decision_is_scored():
+    corrupt, clean = pairs()
+    fresh = HookedModel(tiny_model("llama"), self_test=False)
+    seen = []
+    fresh.architecture.final_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    sweep(fresh, corrupt=corrupt, clean=clean, grain="resid_post", metric=METRIC)
+    changed = sum(N_POSITIONS - int(p) for p in CHANGED)
+    scored = sum(len(x) for x in seen if x.ndim == 2)  # the model's own calls have positions too
+    assert scored == 2 * N_ITEMS + (N_LAYERS - 1) * changed + N_ITEMS
+
+
 def test_small_memory_changes_nothing():
     whole, pieces = run("head"), run("head", memory_mb=0)
     torch.testing.assert_close(whole.values, pieces.values, rtol=0, atol=1e-5)
@@ -183,11 +194,27 @@ def test_positions_may_differ_between_items():
     assert list(some.to_table()["position"].unique()) == [4, 5]
 
 
-def test_a_network_that_looks_ahead_gets_the_loop():
+def looks_ahead_by_config() -> HookedModel:
     config = CONFIGS["llama"]()
     config.is_causal = False
-    raw = type(tiny_model("llama"))._from_config(config, attn_implementation="eager").eval()
-    both_ways = HookedModel(raw)
+    raw = type(tiny_model("llama"))._from_config(config, attn_implementation="eager")
+    return HookedModel(raw.eval())
+
+
+def looks_ahead_by_mask() -> HookedModel:
+    raw = tiny_model("llama")
+
+    def unmask(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": torch.zeros_like(kwargs["attention_mask"])}
+
+    for layer in raw.model.layers:
+        layer.self_attn.register_forward_pre_hook(unmask, with_kwargs=True)
+    return HookedModel(raw)
+
+
+@pytest.mark.parametrize("make", [looks_ahead_by_config, looks_ahead_by_mask])
+def test_a_network_that_looks_ahead_gets_the_loop(make):
+    both_ways = make()
     corrupt, clean = pairs()
     options = {"corrupt": corrupt, "clean": clean, "grain": "resid_pre", "metric": METRIC}
     result = sweep(both_ways, **options)

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from analyses.calibration import measure_calibration
-from analyses.ladder import Ladder, ladder_table, losses_table, measure_ladder
+from analyses.ladder import Ladder, ladder_table, latent_beliefs, losses_table, measure_ladder
 from analyses.probes import measure_probes
 from analyses.streams import read_streams
 from mechinterp import decisions
@@ -52,13 +52,15 @@ def measure_checkpoint(
     """
     items = task.sample(n_items, seed=spec.seed, split="test")
     streams = read_streams(model, items, task, batch_size=spec.batch_size)
+    # Beliefs about latents do not depend on any shift of the decision.
+    beliefs = latent_beliefs(streams, items, task, spec=spec) if with_latents else None
     tables: dict[str, list[pd.DataFrame]] = {}
     ladders = {}
     for arm, reading in readings.items():
         shift = torch.tensor(reading.shift or [0.0] * len(task.actions), dtype=torch.float64)
         shifted = replace(streams, action_logits=streams.action_logits + shift)
         ladders[arm] = measure_ladder(
-            shifted, items, task, costs=reading.costs, spec=spec, with_latents=with_latents
+            shifted, items, task, costs=reading.costs, spec=spec, beliefs=beliefs
         )
         found = {
             "ladder": ladder_table(ladders[arm]),

@@ -45,11 +45,16 @@ def measure_competence(
 def _logistic_regression_score(task: Task, spec: AnalysisSpec) -> float:
     """Mean test log score of scikit-learn's regression on the raw input, its strength chosen by
     cross-validation on the training split."""
-    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
 
     train = task.sample(5_000, seed=spec.seed, split="train")
     test = task.sample(spec.ladder_items, seed=spec.seed, split="test")
-    classifier = LogisticRegressionCV(Cs=7, cv=5, scoring="neg_log_loss", max_iter=2_000)
+    classifier = GridSearchCV(
+        LogisticRegression(max_iter=2_000),
+        {"C": [10.0**k for k in range(-3, 4)]},
+        scoring="neg_log_loss",
+    )
     classifier.fit(task.baseline_features(train).numpy(), train.labels.numpy())
     log_p = classifier.predict_log_proba(task.baseline_features(test).numpy())
     return float(torch.from_numpy(log_p).gather(1, test.labels[:, None]).mean())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.pair import Pair, run_script
@@ -66,6 +66,26 @@ class Ladder:
         return None if above is None or below is None else (above - below) / self.scale[currency]
 
 
+def latent_beliefs(
+    streams: DecisionStreams, items: Items, task: Task, *, spec: AnalysisSpec
+) -> LatentBeliefs | None:
+    """What probes of these streams believe about the latents; None where they give no posterior."""
+    if not task.posterior_latents:
+        return None
+    values = {x: items.latents[x.name] for x in task.latents if x.name in task.posterior_latents}
+    return LatentBeliefs(readable_streams(streams), values, ladder_folds(items, spec))
+
+
+def readable_streams(streams: DecisionStreams) -> dict[int, Tensor]:
+    """Final-norm'ed streams but for layer 0, the embedding of the last token, which is the same in
+    every item: nothing to read."""
+    return {layer: x for layer, x in streams.normed.items() if layer > 0}
+
+
+def ladder_folds(items: Items, spec: AnalysisSpec) -> Int[Tensor, " items"]:
+    return grouped_folds(items.groups, items.labels, n_folds=spec.ladder_folds, seed=spec.seed)
+
+
 def measure_ladder(
     streams: DecisionStreams,
     items: Items,
@@ -73,19 +93,12 @@ def measure_ladder(
     *,
     costs: Mapping[str, decisions.Utility],
     spec: AnalysisSpec,
-    with_latents: bool = True,
+    beliefs: LatentBeliefs | None = None,
 ) -> dict[str, Ladder]:
-    """The ladder at each of `costs`. `with_latents` splits learning into its two parts."""
-    folds = grouped_folds(items.groups, items.labels, n_folds=spec.ladder_folds, seed=spec.seed)
-    # Layer 0 is the embedding of the last token, the same in every item: nothing to read.
-    readable = {layer: x for layer, x in streams.normed.items() if layer > 0}
+    """The ladder at each of `costs`. `beliefs` (see `latent_beliefs`) split learning in two."""
+    folds = ladder_folds(items, spec)
+    readable = readable_streams(streams)
     target = items.labels if items.posterior is None else items.posterior
-    beliefs = None
-    if with_latents and task.posterior_latents:
-        values = {
-            x: items.latents[x.name] for x in task.latents if x.name in task.posterior_latents
-        }
-        beliefs = LatentBeliefs(readable, values, folds)
     ladders = {}
     for name, utility in costs.items():
         readouts = fit_readouts(
@@ -185,7 +198,12 @@ def pair_ladders(pair: Pair) -> dict[str, dict[str, Ladder]]:
     """Each arm's ladder at each of the pair's costs, on all items."""
     return {
         arm: measure_ladder(
-            pair.streams(arm), pair.items, pair.task, costs=pair.costs, spec=pair.spec
+            pair.streams(arm),
+            pair.items,
+            pair.task,
+            costs=pair.costs,
+            spec=pair.spec,
+            beliefs=latent_beliefs(pair.streams(arm), pair.items, pair.task, spec=pair.spec),
         )
         for arm in pair.models
     }
@@ -206,7 +224,6 @@ def pair_tables(
             pair.task,
             costs=pair.costs,
             spec=pair.spec,
-            with_latents=False,
         )
         for arm in pair.models
     }

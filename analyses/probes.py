@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import torch
 
@@ -55,7 +57,7 @@ def random_network(model: HookedModel, *, seed: int) -> HookedModel:
     """A network of the same architecture with freshly initialised weights."""
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "random network"))
-        fresh = type(model.model)(model.model.config)
+        fresh: Any = type(model.model)(model.model.config)
     return HookedModel.from_model(fresh.to(model.dtype).eval(), self_test=False)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mechinterp.tasks.base import Task
 
 # Raise a number when the step's results change for the same inputs.
-VERSIONS = {"train": 1, "checkpoint": 1, "recovery": 1, "pair": 1, "competence": 1}
+VERSIONS = {"train": 1, "checkpoint": 2, "recovery": 1, "pair": 1, "competence": 1}
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,12 @@ def run_checkpoint(directory: str, after: list[str], inputs: dict[str, Any]) -> 
     begun = time.monotonic()
     task, spec = _task_and_spec(inputs)
     model = load(checkpoint_path(after[0], inputs["step"]))
-    readings = {
-        arm: Reading(task_costs(task, reading["costs"]), reading["shift"])
-        for arm, reading in inputs["readings"].items()
-    }
+    readings = {}
+    for arm, reading in inputs["readings"].items():
+        costs = task_costs(task, reading["costs"])
+        if reading["shift"] is not None:  # made for its own costs, and meant for no others
+            costs = {name: costs[name] for name in reading["costs"]}
+        readings[arm] = Reading(costs, reading["shift"])
     measures = measure_checkpoint(
         model,
         task,

@@ -73,12 +73,12 @@ def step_axis(ax: Axes, steps: Sequence[int]) -> None:
         ax.set_xticks(steps)
         return
     ax.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
-    ticks = [0] if 0 in steps else []
     first, last = positive[0], positive[-1]
-    ticks += [first] if last / first < 8 else [first, positive[len(positive) // 2]]
-    ticks += [last] if last > first else []
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ticks = {first, last} | ({0} & set(steps))
+    if last / first > 8:
+        ticks.add(positive[len(positive) // 2])
     ax.xaxis.set_minor_locator(FixedLocator([s for s in steps if s not in ticks]))
+    ax.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
 

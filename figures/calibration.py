@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Calibration at each arm's last step: observed frequency of the positive label against "
-    "predicted probability, in bins of the prediction; the area of a marker is the share of items "
-    "in its bin. Diagonal: perfect calibration. Beside each panel: expected calibration error "
-    "(ECE), mean ± half of the 95% t interval over seeds. An arm that is not adjusted to the "
-    "costs is off the diagonal by its threshold alone."
+    "Calibration at each arm's last step: the share of the last action's label that is observed "
+    "against the report for it, items counting with what they are worth at the stated costs, in "
+    "bins of the report; the area of a marker is the share of items in its bin. Diagonal: perfect "
+    "calibration. Beside each panel: expected calibration error (ECE), ± half of the 95% t "
+    "interval over seeds. An arm that is not adjusted to the costs is off the diagonal by its "
+    "threshold alone."
 )
 NEEDS = {
     "calibration": (
@@ -63,11 +64,11 @@ def draw(source: str | Path | Tables) -> Figure:
             summaries.append(_panel(ax, where(bins, **here), looks))
             if errors is not None:
                 _list_errors(ax, where(final_steps(errors), **here), looks, where(bins, **here))
-        panels[0].set_ylabel(f"{style.setting_label(task, regime)}\nobserved frequency")
+        panels[0].set_ylabel(f"{style.setting_label(task, regime)}\nobserved share")
     for ax, cost in zip(axes[0], costs, strict=True):
         ax.set_title(style.costs_label(cost))
     for ax in axes[-1]:
-        ax.set_xlabel("Predicted probability")
+        ax.set_xlabel("Reported probability")
     style.letter_panels(axes)
     style.legend(figure, style.arm_handles(list(looks)), style.seeds_note(*summaries))
     return figure

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def diverging_map() -> Colormap:
     """Purple, white, green in straight lines through OKLab: equal differences look equal."""
-    return _oklab_map("differences", ["#6A2C82", "#F7F7F7", "#1A6B2F"])
+    return _oklab_map("differences", ["#7B3A94", "#F7F7F7", "#16642C"])
 
 
 def sequential_map() -> Colormap:

@@ -17,8 +17,8 @@ from figures.tables import (
     over_seeds,
     read_tables,
     settings_in,
-    weight_of,
     where,
+    with_full_ends,
 )
 from mechinterp.errors import AnalysisError
 
@@ -43,7 +43,8 @@ MARGIN = 5.0  # % of (oracle - constant): the smallest change that a verdict cla
 PLANE = ["choosing", "learning"]
 NEEDS = {"losses": ("task", "regime", "arm", "seed", "step", "costs", "currency", "loss", "value")}
 OPTIONAL = {
-    "contrasts": ("task", "regime", "arm", "reference", "costs", "currency", "loss", "low", "high")
+    "losses_in_full": NEEDS["losses"],
+    "contrasts": ("task", "regime", "arm", "reference", "costs", "currency", "loss", "low", "high"),
 }
 
 
@@ -51,9 +52,10 @@ OPTIONAL = {
 def draw(source: str | Path | Tables) -> Figure:
     """One panel per task (rows) and regime x costs (columns)."""
     tables = read_tables(source, NEEDS, OPTIONAL)
-    losses = tables["losses"]
+    losses = at_own_costs(with_full_ends(tables))
     losses = losses[(losses["currency"] == "log_score") & losses["loss"].isin(PLANE)]
-    losses = at_own_costs(losses)
+    # At step 0 the arms of a regime are one network; ex-post arms are not adjusted there yet.
+    losses = losses[(losses["step"] > 0) | (losses["regime"] == "pair")]
     tasks = list(dict.fromkeys(losses["task"]))
     columns = [
         (regime, costs)
@@ -146,7 +148,7 @@ def _origin(arm: str, arms: list[str], costs: str) -> str | None:
     if arm == "symmetric_reordered":
         candidates = ["symmetric"]
     else:
-        candidates = ["before", f"ex_post_{weight_of(costs)}", "symmetric"]
+        candidates = ["before", f"ex_post_{costs.removeprefix('w')}", "symmetric"]
     origin = next((candidate for candidate in candidates if candidate in arms), None)
     return None if origin == arm else origin
 
@@ -172,7 +174,7 @@ def _draw_path(
 ) -> None:
     means = path.groupby("step")[PLANE].mean().sort_index()
     x, y = means["choosing"].to_numpy(), means["learning"].to_numpy()
-    if len(means) == 1:  # a pair: an arrow from the checkpoint before
+    if (path["regime"] == "pair").all():
         ax.annotate(
             "",
             xy=(x[0], y[0]),

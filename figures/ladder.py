@@ -37,6 +37,7 @@ CAPTION = (
     "a bound."
 )
 NEEDS = {"losses": ("task", "regime", "arm", "seed", "step", "costs", "currency", "loss", "value")}
+OPTIONAL = {"losses_in_full": NEEDS["losses"]}
 CURRENCIES = {"log_score": "expected log score", "utility": "utility"}
 BAR = ["task", "regime", "costs", "arm"]
 BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
@@ -54,7 +55,8 @@ PIECES = {
 @style.styled
 def draw(source: str | Path | Tables) -> Figure:
     """Rows: task and regime. Columns: currencies. One bar per arm at each costs."""
-    losses = at_own_costs(final_steps(read_tables(source, NEEDS)["losses"]))
+    tables = read_tables(source, NEEDS, OPTIONAL)
+    losses = at_own_costs(final_steps(tables.get("losses_in_full", tables["losses"])))
     settings = settings_in(losses)
     lines = [_lines(where(losses, task=task, regime=regime)) for task, regime in settings]
     heights = [len(each) for each in lines]
@@ -68,8 +70,9 @@ def draw(source: str | Path | Tables) -> Figure:
     sums: list[pd.DataFrame] = []
     seen: set[str] = set()
     for panels, (currency, label) in zip(axes.T, CURRENCIES.items(), strict=True):
-        pieces = _pieces(where(losses, currency=currency))
-        total = over_seeds(pieces.sum(axis=1).rename("value").reset_index(), BAR, scale=100)
+        rows = where(losses, currency=currency)
+        pieces = _pieces(rows)
+        total = over_seeds(where(rows, loss="total"), BAR, scale=100)
         means = 100 * pieces.groupby(BAR).mean()
         limits = _limits(means, total)
         for ax, setting, each in zip(panels, settings, lines, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,12 +12,13 @@ from figures.colormaps import diverging_map, sequential_map
 from figures.tables import (
     Tables,
     arms_in,
+    costs_of,
     final_steps,
-    last_number,
+    natural_order,
     over_seeds,
     read_tables,
     settings_in,
-    weight_of,
+    strength,
     where,
 )
 
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 CAPTION = (
     "Activation patching: normalised recovery of the decision's logit difference when one "
     "activation of the corrupt prompt is replaced by that of the clean prompt (0: nothing "
-    "recovered, 1: all), by what stands at the position (rows; “changed” is the latent in which "
-    "the two prompts differ) and layer (columns); for heads, all positions at once. Before, "
-    "after, and after − before. Means over latents and seeds; dots mark differences whose 95% t "
-    "interval over seeds excludes zero, not corrected for the number of cells."
+    "recovered, 1: all), by what stands at the position (rows; “changed” is what the two prompts "
+    "differ in) and layer (columns); for heads, all positions at once. Before, after, and after − "
+    "before. Means over pairs and seeds; dots mark differences whose 95% t interval over seeds "
+    "excludes zero, not corrected for the number of cells."
 )
 NEEDS = {
     "patching": (
@@ -52,24 +53,14 @@ GRAINS = {
 
 
 def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
-    """One file per task, in the first regime at hand, for the arm with the strongest weight."""
+    """One file per task: the arm with the strongest weight, branched where that was done."""
     patching = read_tables(source, NEEDS)["patching"]
-    files = {}
+    files: dict[str, dict[str, str]] = {}
     for task, regime in settings_in(patching):
-        rows = where(patching, task=task, regime=regime, checkpoint="after")
-        if f"recovery_{task}" not in files and len(rows):
-            options = {"task": task, "regime": regime, "arm": strongest_arm(rows)}
-            files[f"recovery_{task}"] = options
+        arms = arms_in(where(patching, task=task, regime=regime))
+        arm = max(arms, key=lambda arm: (strength(costs_of(arm)), arm == "after"))
+        files.setdefault(f"recovery_{task}", {"task": task, "regime": regime, "arm": arm})
     return files
-
-
-def strongest_arm(rows: pd.DataFrame) -> str:
-    """The arm named after the largest weight, else "after", else the last in the usual order."""
-    arms = arms_in(rows)
-    weighted = [arm for arm in arms if weight_of(arm)]
-    if weighted:
-        return max(weighted, key=lambda arm: float(weight_of(arm) or 0))
-    return "after" if "after" in arms else arms[-1]
 
 
 @style.styled
@@ -80,21 +71,22 @@ def draw(
     regime: str | None = None,
     arm: str | None = None,
 ) -> Figure:
-    """Rows: grains. Columns: before, after, difference. Defaults: those of the first variant."""
+    """Rows: grains. Columns: before, after, difference; a network alone has one column.
+
+    Task, regime and arm default to those of the first variant.
+    """
     patching = read_tables(source, NEEDS)["patching"]
     first = next(iter(variants({"patching": patching}).values()))
     task, regime, arm = task or first["task"], regime or first["regime"], arm or first["arm"]
-    rows = final_steps(where(patching, task=task, regime=regime))
-    before = where(rows, checkpoint="before")
-    before = where(before, arm=arm) if arm in set(before["arm"]) else before
-    after = where(rows, checkpoint="after", arm=arm)
-    grains = [grain for grain in GRAINS if grain in set(after["grain"])]
-    maps = [_maps(where(before, grain=grain), where(after, grain=grain)) for grain in grains]
-    heights = [max(len(each["units"]), 4) for each in maps]
+    rows = final_steps(where(patching, task=task, regime=regime, arm=arm, latent="all"))
+    grains = [grain for grain in GRAINS if grain in set(rows["grain"])]
+    maps = [_maps(where(rows, grain=grain)) for grain in grains]
+    heights = [max(len(each["after"]["unit"].unique()), 4) for each in maps]
     pitch = np.clip(7.0 / sum(heights), 0.1, 0.125)  # inches per unit: legible, and on one page
     figure, axes = style.grid(
         len(grains),
-        3,
+        len(maps[0]),
+        width=style.FULL_WIDTH if len(maps[0]) > 1 else style.SINGLE_COLUMN,
         row_height=float(pitch * np.mean(heights)) + 0.12,
         height_ratios=heights,
         sharex="row",
@@ -104,13 +96,13 @@ def draw(
         _row(figure, panels, each, height)
         panels[0].set_ylabel(GRAINS[grain].replace(" ", "\n", 1))
     figure.align_ylabels(axes[:, 0])
-    titles = ("before", style.arm_label(arm), f"{style.arm_label(arm)} − before")
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title)
-    for ax in axes[-1]:
-        ax.set_xlabel("Layer")
+    name = style.arm_label(arm)
+    titles = {"before": "before", "after": name, "change": f"{name} − before"}
+    for panels, shown in zip(axes.T, maps[0], strict=True):
+        panels[0].set_title(titles[shown])
+        panels[-1].set_xlabel("Layer")
     style.letter_panels(axes)
-    changes = [each["change"] for each in maps]
+    changes = [each.get("change", each["after"]) for each in maps]
     note = f"{style.setting_line(task, regime)}. {style.seeds(*changes)}"
     if any(np.isfinite(change["low"]).any() for change in changes):
         note += "; dots: the change's 95% t interval over seeds excludes zero"
@@ -118,75 +110,49 @@ def draw(
     return figure
 
 
-def _maps(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
-    """Units, layers, and per cell the recovery before, after and its change, with intervals."""
-    import pandas as pd
-
-    latents = set(after["latent"])
+def _maps(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Recovery per unit and layer after, and where it was measured, before, with the change."""
     cell = ["unit", "layer"]
-    per_seed = {}
-    for name, rows in (("before", before), ("after", after)):
-        pairs = zip(rows["unit"], rows["latent"], strict=True)
-        rows = rows.assign(unit=[_role(unit, latent, latents) for unit, latent in pairs])
-        per_seed[name] = rows.groupby([*cell, "seed"], sort=False)["recovery"].mean()
-    both = pd.DataFrame(per_seed).dropna()
-    both["change"] = both["after"] - both["before"]
-    both = both.reset_index()
-    units = list(dict.fromkeys(per_seed["after"].index.get_level_values("unit")))
-    if all(last_number(unit)[1] >= 0 for unit in units):
-        units.sort(key=last_number)
-    return {
-        "units": units,
-        "layers": sorted(both["layer"].unique()),
-        **{name: over_seeds(both, cell, name) for name in ("before", "after", "change")},
-    }
+    per_seed = rows.pivot_table(
+        index=[*cell, "seed"], columns="checkpoint", values="recovery", observed=True
+    ).reset_index()
+    if "before" not in per_seed:
+        return {"after": over_seeds(per_seed, cell, "after")}
+    per_seed["change"] = per_seed["after"] - per_seed["before"]
+    return {name: over_seeds(per_seed, cell, name) for name in ("before", "after", "change")}
 
 
-def _role(unit: str, latent: str, latents: set[str]) -> str:
-    """ "value a" becomes "value (changed)" where the prompts differ in a, else "value (others)"."""
-    kind, _, last = unit.rpartition(" ")
-    if not kind or last not in latents:
-        return unit
-    return f"{kind} (changed)" if last == latent else f"{kind} (others)"
-
-
-def _row(figure: Figure, panels: np.ndarray, maps: dict[str, Any], height: int) -> None:
+def _row(figure: Figure, panels: np.ndarray, maps: dict[str, pd.DataFrame], height: int) -> None:
     """One grain: before and after on one scale, their difference on its own, centred on zero."""
-    units, layers = maps["units"], maps["layers"]
+    units = sorted(maps["after"]["unit"].unique(), key=natural_order)
     fields = {
-        name: maps[name].pivot(index="unit", columns="layer", values="mean").reindex(units)
-        for name in ("before", "after", "change")
+        name: summary.pivot(index="unit", columns="layer", values="mean").loc[units]
+        for name, summary in maps.items()
     }
-    low = min(0.0, fields["before"].min().min(), fields["after"].min().min())
-    high = max(fields["before"].max().max(), fields["after"].max().max())
-    span = fields["change"].abs().max().max()
+    recoveries = np.stack([field for name, field in fields.items() if name != "change"])
+    low, high = min(0.0, np.nanmin(recoveries)), np.nanmax(recoveries)
     for ax, (name, field) in zip(panels, fields.items(), strict=True):
         scale = {"cmap": sequential_map(), "vmin": low, "vmax": high}
         if name == "change":
+            span = np.nanmax(np.abs(field))
             scale = {"cmap": diverging_map(), "vmin": -span, "vmax": span}
         image = ax.imshow(field, aspect="auto", interpolation="nearest", **scale)
         if name != "before":
-            beside = panels[:2] if name == "after" else [ax]
-            label = "Recovery" if name == "after" else "Change"
+            beside = [ax] if name == "change" else list(panels[:2])
+            label = "Change" if name == "change" else "Recovery"
             bar = figure.colorbar(image, ax=beside, label=label, aspect=1.4 * height, pad=0.02)
             bar.outline.set_visible(False)  # type: ignore[union-attr]
             bar.ax.locator_params(nbins=4)
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
-        layer_axis(ax, len(layers) - 1)
+        layer_axis(ax, len(field.columns) - 1)
     panels[0].set_yticks(range(len(units)), [style.wrap(unit, 30) for unit in units])
-    change = maps["change"]
-    sure = change[(change["low"] > 0) | (change["high"] < 0)]
-    rank = {unit: place for place, unit in enumerate(units)}
-    panels[2].plot(
-        [layers.index(layer) for layer in sure["layer"]],
-        [rank[unit] for unit in sure["unit"]],
-        "o",
-        color="black",
-        ms=2,
-        mec="white",
-        mew=0.4,
-    )
+    if "change" in maps:
+        change = maps["change"]
+        sure = change[(change["low"] > 0) | (change["high"] < 0)]
+        x = [fields["change"].columns.get_loc(layer) for layer in sure["layer"]]
+        y = [units.index(unit) for unit in sure["unit"]]
+        panels[2].plot(x, y, "o", color="black", ms=2, mec="white", mew=0.4)
 
 
 if __name__ == "__main__":

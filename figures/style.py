@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from figures.tables import weight_of
+from figures.tables import strength
 from mechinterp.files import atomic_file
 
 if TYPE_CHECKING:
@@ -107,24 +107,14 @@ def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
 
 
 def arm_label(arm: str) -> str:
-    """ "weighted 1.8 / 0.2" for "weighted_1.8": the weights of two classes add up to 2."""
-    if arm in _ARMS and _ARMS[arm][3]:
-        return _ARMS[arm][3]
-    weight = weight_of(arm)
-    if weight is None:
-        return arm.replace("_", " ")
-    return f"{arm.removesuffix('_' + weight).replace('_', ' ')} {_weights(weight)}"
+    """ "weighted 1.8" for "weighted_1.8"."""
+    return (arm in _ARMS and _ARMS[arm][3]) or arm.replace("_", " ")
 
 
 def costs_label(costs: str) -> str:
-    weight = weight_of(costs)
-    if weight is not None:
-        return f"costs {_weights(weight)}"
+    if strength(costs):
+        return f"weights {costs.removeprefix('w')}"
     return {"task": "the task's costs", "symmetric": "symmetric costs"}.get(costs, costs)
-
-
-def _weights(weight: str) -> str:
-    return f"{weight} / {round(2 - float(weight), 6):g}"
 
 
 def regime_label(regime: str) -> str:

@@ -51,8 +51,15 @@ def read_tables(
             raise AnalysisError(f"table {name!r} lacks the column(s) {', '.join(missing)}")
         if table.empty:
             raise AnalysisError(f"table {name!r} is empty: there is nothing to draw")
-        tables[name] = table
+        tables[name] = without_starts(table)
     return tables
+
+
+def without_starts(table: pd.DataFrame) -> pd.DataFrame:
+    """A study's networks "before" are step 0 of every arm, so their own rows say nothing more."""
+    if not {"arm", "regime"} <= set(table.columns):
+        return table
+    return table[(table["arm"] != "before") | (table["regime"] == "pair")]
 
 
 def _read(source: str | Path | Tables, name: str) -> pd.DataFrame | None:
@@ -101,6 +108,17 @@ def final_steps(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["step"] == last]
 
 
+def with_full_ends(tables: Tables) -> pd.DataFrame:
+    """Losses along training, each arm's end as measured on all items where that table exists."""
+    import pandas as pd
+
+    losses, full = tables["losses"], tables.get("losses_in_full")
+    if full is None:
+        return losses
+    last = losses.groupby(["task", "regime"], observed=True)["step"].transform("max")
+    return pd.concat([losses[losses["step"] < last], full[full["step"] > 0]], ignore_index=True)
+
+
 def where(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
     """The rows in which each named column has the given value."""
     for column, value in values.items():
@@ -122,33 +140,42 @@ def settings_in(table: pd.DataFrame) -> list[tuple[str, str]]:
     return sorted(found, key=lambda s: (tasks.index(s[0]), known.get(s[1], len(known)), s[1]))
 
 
-def weight_of(name: str) -> str | None:
-    """The weight in a name: "1.8" in "weighted_1.8", "ex_post_1.8" and "w1.8"."""
-    match = re.search(r"(?:_|^w)(\d+(?:\.\d+)?)$", name)
-    return match.group(1) if match else None
+def costs_of(arm: str) -> str | None:
+    """The costs that an arm was made for: "w1.8" of "weighted_1.8" and "ex_post_1.8", else None."""
+    for prefix in ("weighted_", "ex_post_"):
+        if arm.startswith(prefix):
+            return f"w{arm.removeprefix(prefix)}"
+    return None
+
+
+def strength(costs: str | None) -> float:
+    """The weight in the name of costs, 0 where there is none: what orders them."""
+    match = re.fullmatch(r"w(\d+(?:\.\d+)?)", costs or "")
+    return float(match.group(1)) if match else 0.0
 
 
 def at_own_costs(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows worth drawing: each weight's costs, met by the arms of that weight and of none.
-
-    Where no costs are named after a weight: the task's own costs, else the symmetric ones.
-    """
-    costs = costs_in(table)
-    table = table[table["costs"].isin(costs)]
-    pairs = zip(table["arm"], table["costs"], strict=True)
-    return table[[weight_of(arm) in (None, weight_of(cost)) for arm, cost in pairs]]
+    """The rows worth drawing: those at `costs_in`, without arms that were made for other costs."""
+    shown = table[table["costs"].isin(costs_in(table))]
+    pairs = zip(shown["arm"], shown["costs"], strict=True)
+    return shown[[costs_of(arm) in (None, costs) for arm, costs in pairs]]
 
 
 def costs_in(table: pd.DataFrame) -> list[str]:
-    """The costs that get panels, mildest weight first: those that some arm is named after."""
-    present = set(table["costs"])
-    weighted = sorted((c for c in present if weight_of(c)), key=lambda c: float(weight_of(c) or 0))
-    arms = {weight_of(arm) for arm in table["arm"].unique()}
-    trained = [costs for costs in weighted if weight_of(costs) in arms]
-    return trained or weighted or sorted(present & {"task"}) or sorted(present)
+    """The costs that get panels: those that arms were made for, the mildest weight first.
+
+    For a pair those of its verdict, and then what else was asked for.
+    """
+    present: list[str] = sorted(set(table["costs"]), key=lambda costs: (strength(costs), costs))
+    made_for = {costs_of(arm) for arm in table["arm"].unique()}
+    if trained := [costs for costs in present if costs in made_for]:
+        return trained
+    judged = [costs for costs in ("task", "symmetric") if costs in present][:1]
+    return judged + [costs for costs in present if costs not in ("task", "symmetric")]
 
 
-def last_number(name: str) -> tuple[str, int]:
-    """Sort key that puts "head 2" before "head 10"."""
-    match = re.search(r"(\d+)$", name)
-    return (name[: match.start()], int(match.group(1))) if match else (name, -1)
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts "head 2" before "head 10", "start" first and "decision" last."""
+    edge = {"start": -1, "decision": 1}.get(name, 0)
+    parts = re.split(r"(\d+)", name)
+    return [(edge, int(p), "") if p.isdigit() else (edge, -1, p) for p in parts]

@@ -42,6 +42,9 @@ def draw(source: str | Path | Tables) -> Figure:
     losses = read_tables(source, NEEDS)["losses"]
     losses = losses[(losses["currency"] == "log_score") & losses["loss"].isin(LOSSES)]
     losses = at_own_costs(losses)
+    # At step 0 all arms are the network before: not yet adjusted, in no order of the data.
+    later = losses["arm"].str.match("ex_post|symmetric_reordered")
+    losses = losses[(losses["step"] > 0) | ~later]
     settings = settings_in(losses)
     columns = [(loss, costs) for loss in LOSSES for costs in costs_in(losses)]
     figure, axes = style.grid(

@@ -23,8 +23,8 @@ STUDY_ARMS = (
     "ex_post_1.98",
 )
 STEPS = (0, 50, 100, 200, 400, 800, 1600)
-COMPONENTS = ("threshold", "readout", "discarded", "not_combined", "not_encoded")
-RUNGS = ("constant", "raw", "bias", "head", "depth", "latents", "oracle")
+CURRENCIES = ("utility", "log_score")
+CELL = ["task", "regime", "costs", "currency", "loss"]
 
 
 def study_tables(
@@ -38,60 +38,45 @@ def study_tables(
     n_heads: int = 4,
     latents: tuple[str, ...] = ("a", "b", "c", "d"),
     unneeded: tuple[str, ...] = ("e",),
-    roles: tuple[str, ...] | None = None,
+    roles: tuple[str, ...] = ("start", "marker a", "value a", "filler", "decision"),
+    patched_roles: tuple[str, ...] = (
+        *("changed marker", "changed value", "decision", "filler"),
+        *("other marker", "other value", "start"),
+    ),
 ) -> dict[str, pd.DataFrame]:
-    """Every table of a study, by name."""
-    keys = list(itertools.product(tasks, regimes, arms, range(seeds), steps))
-    losses = pd.DataFrame(
-        [row for key in keys for row in _loss_rows(*key, costs=("symmetric", "w1.8", "w1.98"))]
-    )
+    """Every table of a study, by name. Arms that end in a number are valued at their own costs."""
+    last = steps[-1]
+    keys = [
+        key
+        for key in itertools.product(tasks, regimes, (*arms, "before"), range(seeds), steps)
+        if (key[2] != "before" or key[4] == 0)
+        and (key[2] != "symmetric_reordered" or key[4] in (0, last))
+    ]
+    losses = pd.DataFrame([row for key in keys for row in _losses(*key, last)])
     trained = [key for key in keys if not key[2].startswith("ex_post")]
-    final = [key for key in trained if key[4] == steps[-1]]
-    moved = [key for key in final if key[2] != "symmetric"]
-    findings = itertools.product((*latents, *unneeded), ("marker", "value"))
-    roles = roles or (*(f"{kind} {latent}" for latent, kind in findings), "filler", "decision")
+    ends = [key for key in trained if key[4] == last]
+    moved = [key for key in ends if key[2] != "symmetric" and key[1] != "from_init"]
+    rows = {
+        "probes": (trained, _probes, (n_layers, latents, unneeded)),
+        "patching": (ends, _patching, (n_layers, n_heads, latents, patched_roles)),
+        "cross_checkpoint": (moved, _cross_checkpoint, (n_layers, roles)),
+        "crossing": (moved, _crossing, (n_layers,)),
+        "calibration": ([key for key in keys if key[4] == last], _calibration, ()),
+        "calibration_summary": ([key for key in keys if key[4] == last], _calibration_summary, ()),
+        "training": (trained, _training, ()),
+    }
+    tables = {
+        name: pd.DataFrame([row for key in some for row in function(*key, *arguments)])
+        for name, (some, function, arguments) in rows.items()
+    }
+    full = losses[losses["step"].isin([0, last])]
     return {
+        **tables,
         "losses": losses,
+        "losses_in_full": full,
         "ladder": _ladder(losses),
-        "contrasts": _contrasts(losses, steps),
-        "probes": pd.DataFrame(
-            [row for key in trained for row in _probe_rows(*key, n_layers, latents, unneeded)]
-        ),
-        "patching": pd.DataFrame(
-            [
-                row
-                for key in final
-                for row in _patching_rows(*key, n_layers, n_heads, latents, roles)
-            ]
-        ),
-        "cross_checkpoint": pd.DataFrame(
-            [row for key in moved for row in _cross_rows(*key, n_layers, roles)]
-        ),
-        "crossing": pd.DataFrame([row for key in moved for row in _crossing_rows(*key, n_layers)]),
-        "calibration": pd.DataFrame(
-            [row for key in keys if key[4] == steps[-1] for row in _calibration_rows(*key)]
-        ),
-        "calibration_summary": pd.DataFrame(
-            [row for key in keys if key[4] == steps[-1] for row in _calibration_summary(*key)]
-        ),
-        "training": pd.DataFrame(
-            [
-                {**_key(*key), "loss": 0.5, "learning_rate": 1e-3, "tokens_per_second": 9000.0}
-                for key in trained
-            ]
-        ),
-        "competence": pd.DataFrame(
-            {
-                "task": task,
-                "regime": regime,
-                "seed": seed,
-                "value": 0.93 + 0.01 * seed,
-                "threshold": 0.9,
-                "reference": "oracle" if task == "triage" else "logistic_regression",
-                "competent": True,
-            }
-            for task, regime, seed in itertools.product(tasks, regimes, range(seeds))
-        ),
+        "contrasts": _contrasts(full),
+        "competence": pd.DataFrame([_competence(*key) for key in keys if key[2] == "before"]),
     }
 
 
@@ -107,36 +92,44 @@ def pair_tables(
         regimes=("branched",),
         arms=tuple(stand_ins),
         seeds=1,
-        steps=(800,),
+        steps=(0, 800),
         **shape,
     )
+    del study["losses_in_full"], study["competence"], study["training"]
     tables = {}
     for name, table in study.items():
-        table = table.assign(regime="pair")
-        if "arm" in table:
-            table["arm"] = table["arm"].map(stand_ins)
+        table = table[(table["arm"] != "before") & (table["step"] > 0)].assign(regime="pair")
+        table["arm"] = table["arm"].map(stand_ins)
+        if name in ("crossing", "cross_checkpoint", "patching"):
+            table = table[table["arm"] == "after"]
         if "costs" in table:
-            table = table[table["costs"].isin(["w1.98", "symmetric"])]
-            table["costs"] = table["costs"].replace({"w1.98": "task"})
-        if intervals and name == "losses":
-            table = table.assign(low=table["value"] - 0.02, high=table["value"] + 0.02)
+            table = table[table["costs"].isin(["w1.98"])]
+            table["costs"] = "task"
         tables[name] = table.reset_index(drop=True)
+    tables["crossing"]["null"] = False
     losses = tables["losses"]
-    before = losses[losses["arm"] == "before"]
-    keys = ["task", "regime", "costs", "currency", "loss"]
-    contrasts = losses[losses["arm"] != "before"].merge(before, on=keys, suffixes=("", "_0"))
+    # What `compare` meets most: a threshold that serves the costs before and after.
+    cell = [*CELL[:-1], "arm"]
+    threshold = (
+        losses["value"].where(losses["loss"] == "threshold").groupby([losses[c] for c in cell])
+    )
+    excess = (threshold.transform("max") - 0.01).where(losses["arm"] != "after", 0.0)
+    losses["value"] -= excess.where(losses["loss"].isin(["threshold", "choosing", "total"]), 0.0)
+    if intervals:
+        losses["low"], losses["high"] = losses["value"] - 0.02, losses["value"] + 0.02
+    changes = [
+        losses[losses["arm"] == arm]
+        .merge(losses[losses["arm"] == reference], on=CELL, suffixes=("", "_0"))
+        .assign(reference=reference)
+        for arm, reference in (("after", "before"), ("after", "control"), ("control", "before"))
+    ]
+    contrasts = pd.concat(changes, ignore_index=True)
     contrasts["mean"] = contrasts["value"] - contrasts["value_0"]
     half = 0.03 if intervals else np.nan
-    contrasts = contrasts.assign(
-        low=contrasts["mean"] - half,
-        high=contrasts["mean"] + half,
-        n_seeds=1,
-        p=np.nan,
-        reference="before",
-        control="before",
-    )
-    columns = [*keys, "arm", "control", "step", "mean", "low", "high", "n_seeds", "p", "reference"]
-    tables["contrasts"] = contrasts[columns]
+    contrasts["low"], contrasts["high"] = contrasts["mean"] - half, contrasts["mean"] + half
+    contrasts = contrasts.assign(n_seeds=1, p=0.01, state="inconclusive")
+    columns = ["arm", "step", "reference", "mean", "low", "high", "n_seeds", "p", "state"]
+    tables["contrasts"] = contrasts[[*CELL, *columns]]
     return tables
 
 
@@ -158,9 +151,15 @@ def _strength(arm):
     return {"weighted_1.8": 0.4, "weighted_1.98": 1.0}.get(arm, 0.0)
 
 
+def _costs(arm):
+    weight = arm.rsplit("_", 1)[-1]
+    return [f"w{weight}"] if weight[0].isdigit() else ["symmetric", "w1.8", "w1.98"]
+
+
 def _learning(task, regime, arm, seed, step):
     """Learning loss: falls with training, and less so under strong weights."""
-    noise = _noise("learning", task, regime, arm, seed, step) if step else 0.0
+    arm = "symmetric" if arm.startswith("ex_post") or step == 0 else arm
+    noise = _noise("learning", task, regime, arm, seed, step)
     if regime == "branched":
         start, floor = (0.16, 0.05) if task == "triage" else (0.12, 0.06)
         gained = (start - floor) * (1 - np.exp(-step / 400))
@@ -170,41 +169,39 @@ def _learning(task, regime, arm, seed, step):
     return 0.08 + 0.9 * np.exp(-step / rate) + noise
 
 
-def _threshold(regime, arm, costs, currency, step):
+def _threshold(arm, costs, currency, step):
     """Threshold loss: what the shift is worth, unless the arm's weight and the costs agree."""
     if currency == "log_score":
         wrong = {"symmetric": 1.4, "w1.8": 1.5, "w1.98": 9.0}
     else:
         wrong = {"symmetric": 0.3, "w1.8": 0.12, "w1.98": 0.35}
     weight = arm.rsplit("_", 1)[-1]
-    agrees = costs == f"w{weight}" or (costs == "symmetric" and not weight[0].isdigit())
-    if agrees and arm.startswith("weighted"):
+    if costs == f"w{weight}" and arm.startswith("weighted"):
         return 0.01 + wrong[costs] * np.exp(-step / 60)
-    return 0.008 if agrees else wrong[costs]
+    agrees = costs == (f"w{weight}" if weight[0].isdigit() else "symmetric")
+    return 0.008 if agrees and step > 0 else wrong[costs]
 
 
-def _loss_rows(task, regime, arm, seed, step, *, costs):
-    twin = "symmetric" if arm.startswith("ex_post") else arm
-    for cost, currency in itertools.product(costs, ("utility", "log_score")):
-        learning = _learning(task, regime, twin, seed, step)
+def _losses(task, regime, arm, seed, step, last):
+    for cost, currency in itertools.product(_costs(arm), CURRENCIES):
+        twin = "symmetric" if arm.startswith("ex_post") or step == 0 else arm
         label = (task, regime, twin, seed, step, cost, currency)
+        unit = 0.6 if currency == "utility" else 1.0
+        learning = unit * _learning(task, regime, arm, seed, step)
+        threshold = _threshold(arm, cost, currency, step) + _noise("t", *label, scale=0.004)
+        readout = unit * (0.02 + _noise("readout", *label))
+        discarded = unit * (0.004 + _noise("discarded", *label, scale=0.006))
         parts = {
-            "threshold": _threshold(regime, arm, cost, currency, step)
-            + _noise("threshold", *label, scale=0.004),
-            "readout": 0.02 + _noise("readout", *label),
-            "discarded": 0.004 + _noise("discarded", *label, scale=0.006),
-            "not_combined": 0.6 * learning if task == "triage" else np.nan,
-            "not_encoded": 0.4 * learning if task == "triage" else np.nan,
-        }
-        if currency == "utility":
-            parts = {name: value * 0.6 for name, value in parts.items()}
-            learning *= 0.6
-        values = {
-            **parts,
-            "choosing": parts["threshold"] + parts["readout"],
+            "threshold": threshold,
+            "readout": readout,
+            "choosing": threshold + readout,
+            "discarded": discarded,
             "learning": learning,
+            "total": threshold + readout + discarded + learning,
         }
-        for loss, value in values.items():
+        if task == "triage" and step in (0, last):
+            parts |= {"not_combined": 0.6 * learning, "not_encoded": 0.4 * learning}
+        for loss, value in parts.items():
             yield {
                 **_key(task, regime, arm, seed, step),
                 "costs": cost,
@@ -217,56 +214,56 @@ def _loss_rows(task, regime, arm, seed, step, *, costs):
 
 def _ladder(losses):
     keys = ["task", "regime", "arm", "seed", "step", "costs", "currency"]
-    wide = losses.pivot_table(
-        index=keys, columns="loss", values="value", dropna=False
-    ).reset_index()
+    wide = losses.pivot_table(index=keys, columns="loss", values="value", dropna=False)
+    wide = wide.reset_index()
     wide["oracle"], wide["constant"] = 1.0, 0.0
     wide["depth"] = 1 - wide["learning"]
-    wide["latents"] = 1 - wide["not_encoded"]
     wide["head"] = wide["depth"] - wide["discarded"]
     wide["bias"] = wide["head"] - wide["readout"]
     wide["raw"] = wide["bias"] - wide["threshold"]
-    table = wide.melt(id_vars=keys, value_vars=list(RUNGS), var_name="rung")
-    return table.assign(
-        scale=0.4, oracle_known=table["task"] == "triage", n_items=4000, n_fit=10000
-    )
+    rungs = ["constant", "raw", "bias", "head", "depth", "oracle"]
+    table = wide.melt(id_vars=keys, value_vars=rungs, var_name="rung")
+    return table.assign(scale=0.4, oracle_known=table["task"] == "triage", n_items=4000)
 
 
-def _contrasts(losses, steps):
+def _contrasts(losses):
+    """Ends of the arms against before, the control and the ex-post arm of the same costs."""
+    last = losses["step"].max()
+    ends = losses[losses["step"] == last]
+    ex_post = ends[ends["arm"].str.startswith("ex_post")]
+    ex_post = ex_post.assign(arm=ex_post["arm"].str.replace("ex_post", "weighted"))
+    references = {
+        "before": (losses[losses["arm"] == "before"], [*CELL, "seed"]),
+        "control": (ends[ends["arm"] == "symmetric"], [*CELL, "seed"]),
+        "ex_post": (ex_post, [*CELL, "seed", "arm"]),
+    }
     rows = []
-    final = losses[losses["step"] == steps[-1]]
-    keys = ["task", "regime", "costs", "currency", "loss"]
-    for (*key, arm), group in final.groupby([*keys, "arm"], dropna=False):
-        if arm == "symmetric":
-            continue
-        own = final[(final["arm"] == "symmetric")]
-        for name, value in zip(keys, key, strict=True):
-            own = own[own[name] == value]
-        if own.empty:
-            continue
-        change = group["value"].to_numpy() - own["value"].to_numpy()
-        half = 3.18 * change.std(ddof=1) / np.sqrt(len(change)) if len(change) > 1 else np.nan
-        rows.append(
-            dict(zip(keys, key, strict=True))
-            | {
-                "arm": arm,
-                "control": "symmetric",
-                "step": steps[-1],
-                "mean": change.mean(),
-                "low": change.mean() - half,
-                "high": change.mean() + half,
-                "n_seeds": len(change),
-                "p": 0.125,
-                "reference": "control",
-            }
-        )
+    for reference, (other, on) in references.items():
+        both = ends.merge(other, on=on, suffixes=("", "_0"))
+        both = both if reference == "before" else both[both["arm"] != "symmetric"]
+        both["change"] = both["value"] - both["value_0"]
+        for cell, group in both.groupby([*CELL, "arm"]):
+            change = group["change"].to_numpy()
+            half = 3.18 * change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else np.nan
+            rows.append(
+                {
+                    **dict(zip([*CELL, "arm"], cell, strict=True)),
+                    "reference": reference,
+                    "step": last,
+                    "mean": change.mean(),
+                    "low": change.mean() - half,
+                    "high": change.mean() + half,
+                    "n_seeds": len(change),
+                    "p": 0.125,
+                    "state": "not powered",
+                }
+            )
     return pd.DataFrame(rows)
 
 
-def _probe_rows(task, regime, arm, seed, step, n_layers, latents, unneeded):
-    key = _key(task, regime, arm, seed, step)
+def _probes(task, regime, arm, seed, step, n_layers, latents, unneeded):
     learning = _learning(task, regime, arm, seed, step)
-    for layer, latent in itertools.product(range(n_layers + 1), (*latents, *unneeded)):
+    for layer, latent in itertools.product(range(1, n_layers + 1), (*latents, *unneeded)):
         label = (task, regime, arm, seed, step, layer, latent)
         needed = latent in latents
         depth = min(layer / max(1, 0.6 * n_layers), 1)
@@ -276,16 +273,14 @@ def _probe_rows(task, regime, arm, seed, step, n_layers, latents, unneeded):
         rows = [
             ("latent", "auroc", auroc),
             ("latent", "accuracy", auroc - 0.05),
-            ("latent", "log_loss", 0.69 * (1 - auroc) * 2),
             ("latent", "selectivity", auroc - control),
             ("control", "auroc", control),
-            ("control", "accuracy", control),
         ]
         if step == 0:
             rows.append(("random_init", "auroc", 0.52 + _noise("floor", *label)))
         for kind, measure, value in rows:
             yield {
-                **key,
+                **_key(task, regime, arm, seed, step),
                 "layer": layer,
                 "latent": latent,
                 "needed": needed,
@@ -295,26 +290,23 @@ def _probe_rows(task, regime, arm, seed, step, n_layers, latents, unneeded):
             }
 
 
-def _patching_rows(task, regime, arm, seed, step, n_layers, n_heads, latents, roles):
-    for checkpoint, grain in itertools.product(
-        ("before", "after"), ("resid_pre", "attn_out", "mlp_out", "head")
-    ):
+def _patching(task, regime, arm, seed, step, n_layers, n_heads, latents, roles):
+    grains = ("resid_pre", "attn_out", "mlp_out", "head")
+    checkpoints = ("before", "after") if regime == "branched" else ("after",)
+    for checkpoint, grain in itertools.product(checkpoints, grains):
         units = [f"head {h}" for h in range(n_heads)] if grain == "head" else roles
         for layer, (index, unit), latent in itertools.product(
-            range(n_layers), enumerate(units), latents
+            range(n_layers), enumerate(units), ("all", *latents)
         ):
-            moved = (
-                (layer + 1) / n_layers * (0.7 if checkpoint == "after" else 1.0) ** _strength(arm)
-            )
+            moved = (layer + 1) / n_layers
+            moved *= 0.7 ** _strength(arm) if checkpoint == "after" else 1.0
+            decides = unit == "decision"
             if grain == "resid_pre":
-                own = unit == f"value {latent}" or (
-                    not unit.endswith(tuple(latents)) and index % 7 == 3
-                )
-                recovery = (1 - moved) * own + moved * (unit == roles[-1])
+                recovery = (1 - moved) * (index % 7 == 1) + moved * decides
             elif grain == "head":
                 recovery = 0.5 * ((layer + index) % n_heads == 0) * moved
             else:
-                recovery = 0.25 * moved * (unit == roles[-1]) - 0.04 * (index == 2)
+                recovery = 0.25 * moved * decides - 0.04 * (index == 2)
             label = ("patching", task, regime, arm, seed, checkpoint, grain, layer, unit, latent)
             yield {
                 **_key(task, regime, arm, seed, step),
@@ -329,41 +321,43 @@ def _patching_rows(task, regime, arm, seed, step, n_layers, n_heads, latents, ro
             }
 
 
-def _cross_rows(task, regime, arm, seed, step, n_layers, roles):
-    for direction, layer, unit, control in itertools.product(
-        ("after_into_before", "before_into_after"), range(n_layers), roles, (False, True)
+def _cross_checkpoint(task, regime, arm, seed, step, n_layers, roles):
+    directions = ("after_into_before", "before_into_after")
+    for direction, grain, layer, unit, draw in itertools.product(
+        directions, ("resid_pre", "mlp_out"), range(n_layers), roles, range(3)
     ):
-        label = ("cross", task, regime, arm, seed, direction, layer, unit, control)
+        label = ("cross", task, regime, arm, seed, direction, grain, layer, unit, draw)
         full = 1 / (1 + np.exp(-6 * (layer / n_layers - 0.5))) * (unit == roles[-1])
-        effect = (0.05 if control else 0.9) * full + _noise(*label, scale=0.03)
-        gap = arm != "symmetric_reordered"
+        effect = (0.05 if draw else 0.9) * full + _noise(*label, scale=0.03)
         yield {
             **_key(task, regime, arm, seed, step),
             "direction": direction,
-            "grain": "resid_pre",
+            "grain": grain,
             "layer": layer,
             "unit": unit,
-            "control": control,
-            "effect": effect if gap else np.nan,
+            "control": draw > 0,
+            "draw": draw,
+            "effect": effect if arm != "symmetric_reordered" else np.nan,
             "raw_effect": effect * 0.2,
             "n_items": 400,
         }
 
 
-def _crossing_rows(task, regime, arm, seed, step, n_layers):
+def _crossing(task, regime, arm, seed, step, n_layers):
     null = arm == "symmetric_reordered"
     for cut, costs, currency, readout in itertools.product(
-        range(n_layers + 1), ("w1.8", "w1.98"), ("utility", "log_score"), ("raw", "bias", "head")
+        range(n_layers + 1), _costs(arm), CURRENCIES, ("raw", "bias", "head")
     ):
         label = ("crossing", task, regime, arm, seed, cut, costs, currency, readout)
         total = 0.0 if null else -0.08 - 0.15 * _strength(arm)
         share = cut / n_layers
-        noise = _noise(*label, scale=0.008, size=3)
-        u_aa, u_bb = 0.82 + _noise(*label[:5]), 0.82 + _noise(*label[:5]) + total
-        interaction = -0.12 * np.sin(np.pi * share) * (_strength(arm) + 0.2 * (not null)) + noise[2]
-        front = total * share + noise[0]
-        u_ba = u_aa + front - interaction / 2
-        u_ab = u_bb - front - interaction / 2
+        noise = _noise(*label, scale=0.008, size=2)
+        u_aa = 0.82 + _noise(*label[:5])
+        u_bb = u_aa + total
+        interaction = -0.12 * np.sin(np.pi * share) * (_strength(arm) + 0.2 * (not null))
+        u_ba = u_aa + total * share + noise[0] - interaction / 2
+        u_ab = u_bb - total * share + noise[1] - interaction / 2
+        interaction = u_bb - u_ab - u_ba + u_aa
         yield {
             **_key(task, regime, arm, seed, step),
             "cut": cut,
@@ -376,37 +370,51 @@ def _crossing_rows(task, regime, arm, seed, step, n_layers):
             "u_bb": u_bb * 0.4,
             "phi_front": 0.2 * ((u_ba - u_aa) + (u_bb - u_ab)),
             "phi_back": 0.2 * ((u_ab - u_aa) + (u_bb - u_ba)),
-            "interaction": 0.4 * (u_bb - u_ab - u_ba + u_aa),
+            "interaction": 0.4 * interaction,
             "scale": 0.4,
-            "shares_valid": bool(abs(u_bb - u_ab - u_ba + u_aa) < max(abs(u_bb - u_aa) / 2, 0.05)),
+            "shares_valid": bool(abs(interaction) < max(abs(u_bb - u_aa) / 2, 0.05)),
             "null": null,
             "verdict_cut": cut == max(1, round(0.6 * n_layers)),
         }
 
 
-def _calibration_rows(task, regime, arm, seed, step):
+def _calibration(task, regime, arm, seed, step):
     rng = derive_rng(0, "calibration", task, regime, arm, seed)
-    for costs, index in itertools.product(("symmetric", "w1.8", "w1.98"), range(10)):
-        n_items = int(40 + 900 * ((index - 4.5) / 4.5) ** 2)
+    for costs, index in itertools.product(_costs(arm), range(10)):
         predicted = (index + 0.5) / 10
         bend = 0.25 * _strength(arm) * np.sin(np.pi * predicted)
+        if costs != "symmetric" and arm.startswith("symmetric"):
+            bend = -0.35 * np.sin(np.pi * predicted)
         yield {
             **_key(task, regime, arm, seed, step),
             "costs": costs,
             "bin": index,
             "predicted": predicted,
             "observed": float(np.clip(predicted - bend + rng.normal(0, 0.02), 0, 1)),
-            "n_items": n_items,
+            "n_items": int(40 + 900 * ((index - 4.5) / 4.5) ** 2),
         }
 
 
 def _calibration_summary(task, regime, arm, seed, step):
-    for costs in ("symmetric", "w1.8", "w1.98"):
+    for costs in _costs(arm):
         ece = 0.02 + 0.12 * _strength(arm) + abs(_noise("ece", task, regime, arm, seed, costs))
-        yield {
-            **_key(task, regime, arm, seed, step),
-            "costs": costs,
-            "ece": float(ece),
-            "brier": 0.12,
-            "log_loss": 0.4,
-        }
+        key = _key(task, regime, arm, seed, step)
+        yield {**key, "costs": costs, "ece": float(ece), "brier": 0.12, "log_loss": 0.4}
+
+
+def _training(task, regime, arm, seed, step):
+    key = _key(task, regime, arm, seed, step)
+    yield {**key, "loss": 0.5, "learning_rate": 1e-3, "tokens_per_second": 9000.0}
+
+
+def _competence(task, regime, arm, seed, step):
+    known = task == "triage"
+    return {
+        "task": task,
+        "regime": regime,
+        "seed": seed,
+        "value": 0.93 + 0.01 * seed if known else -0.21,
+        "threshold": 0.9 if known else -0.3,
+        "reference": "oracle" if known else "logistic_regression",
+        "competent": True,
+    }

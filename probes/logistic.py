@@ -229,13 +229,7 @@ def _solve(
         coef, intercept = start
         theta[:] = torch.cat([coef * scale[:-1], (intercept + coef @ centre)[..., None]], -1)
 
-    theta, n_iter = _descend(problems, theta, tol, max_iter)
-    if c > 1:  # a constant common to all classes changes nothing: report the intercepts with sum 0
-        theta[..., -1] -= theta[..., -1].mean(1, keepdim=True)
-
-    z = problems.logits(theta) + problems.offset
-    gradient = problems.gradient(z, theta)
-    gradient_norm = problems.certificate(gradient)
+    theta, z, gradient, gradient_norm, n_iter = _descend(problems, theta, tol, max_iter)
     if not (gradient_norm <= tol).all():
         worst = int(gradient_norm.nan_to_num(torch.inf).argmax())
         raise ConvergenceError(
@@ -245,48 +239,55 @@ def _solve(
     _refuse_separable(problems, z, gradient)
     coef = theta[..., :-1] / scale[:-1]
     intercept = theta[..., -1] - coef @ centre
+    if c > 1:  # a constant common to all classes changes nothing: report the intercepts with sum 0
+        intercept = intercept - intercept.mean(1, keepdim=True)
     return coef, intercept, problems.loss(z, theta), gradient_norm, n_iter
 
 
 def _descend(
     problems: Problems, theta: Float[Tensor, "k c D"], tol: float, max_iter: int
-) -> tuple[Float[Tensor, "k c D"], int]:
-    """float32 does most of the work at half the cost, float64 finishes; the few problems that one
-    bound on the curvature preconditions badly go on from where they are with their own Hessians."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Parameters, and at them logits, gradient, certificates and the iterations it took.
+
+    float32 does most of the work at half the cost and float64 finishes, both preconditioned by one
+    bound on the curvature; the few problems that it serves badly go on with their own Hessians.
+    """
     single, single_tol = problems.single(), max(tol, _SINGLE_TOL)
-    patience = 20 + theta.shape[-1] // 16  # about what a Hessian costs, in iterations
-    metric = Metric.bound(single)
-    theta, n_iter = minimise(
-        single, theta.float(), metric, tol=single_tol, max_iter=min(patience, max_iter)
-    )
-    theta, bounded = theta.double(), True
-    while n_iter < max_iter:
+    bound = Metric.bound(single)
+    n_iter, patience = 0, 20 + theta.shape[-1] // 16  # about what a Hessian costs, in iterations
+    stage = -1
+    while True:
+        stage += 1
         z = problems.logits(theta) + problems.offset
-        certificate = problems.certificate(problems.gradient(z, theta))
-        rows = certificate > tol
-        if not rows.any():
-            break
-        if bounded:
-            rows &= certificate <= 10 * single_tol
-            metric = metric.select(rows).double()
+        gradient = problems.gradient(z, theta)
+        gradient_norm = problems.certificate(gradient)
+        rows = ~(gradient_norm <= tol)
+        if not rows.any() or n_iter >= max_iter:
+            return theta, z, gradient, gradient_norm, n_iter
+        if stage == 1:
+            rows &= gradient_norm <= 10 * single_tol
+            if not rows.any():
+                continue
+        part = (problems if stage else single).select(rows)
+        if stage < 2:
+            metric = bound.select(rows)
         else:
-            left = problems.select(rows)
-            metric = Metric.hessian(left.single(), theta[rows].float()).double()
-        bounded = False
-        if rows.any():
-            limit = min(patience, max_iter - n_iter)
-            theta[rows], used = minimise(
-                problems.select(rows), theta[rows], metric, tol=tol, max_iter=limit
-            )
-            n_iter += max(used, 1)
-    return theta, n_iter
+            metric = Metric.hessian(part.single(), theta[rows].float())
+        found, used = minimise(
+            part,
+            theta[rows].to(part.design),
+            metric.to(part.design.dtype),
+            tol=tol if stage else single_tol,
+            max_iter=min(patience, max_iter - n_iter),
+        )
+        theta[rows] = found.double()
+        n_iter += max(used, 1)
 
 
 def _refuse_separable(
     problems: Problems, z: Float[Tensor, "k c n"], gradient: Float[Tensor, "k c D"]
 ) -> None:
-    """Without a penalty a small gradient proves nothing: for separable targets it vanishes
-    at infinity.
+    """Without a penalty a small gradient is no proof: if targets are separable it vanishes far out.
 
     There every Newton step still moves some logits by about 1; at an optimum it moves none.
     """
@@ -296,7 +297,7 @@ def _refuse_separable(
     problems, probability = problems.select(free), z[free, 0].sigmoid()
     curvature = problems.weights * probability * (1 - probability)
     hessian = torch.einsum("ni,kn,nj->kij", problems.design, curvature, problems.design)
-    step = torch.linalg.lstsq(hessian, gradient[free].mT, driver="gelsd").solution.mT
+    step = (torch.linalg.pinv(hessian, hermitian=True) @ gradient[free].mT).mT
     moved = (problems.logits(step)[:, 0] * (problems.weights > 0)).abs().amax(1)
     if (moved > _UNSTABLE_LOGIT).any():
         column = int(free.nonzero()[int(moved.argmax()), 0])

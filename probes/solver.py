@@ -131,8 +131,8 @@ class Metric:
     def select(self, kept: Bool[Tensor, " k"]) -> Metric:
         return replace(self, group=self.group[kept], size=self.size[kept])
 
-    def double(self) -> Metric:
-        return replace(self, inverse=self.inverse.double(), size=self.size.double())
+    def to(self, dtype: torch.dtype) -> Metric:
+        return replace(self, inverse=self.inverse.to(dtype), size=self.size.to(dtype))
 
 
 def _grams(design: Float[Tensor, "n D"], weights: Float[Tensor, "g n"]) -> Float[Tensor, "g D D"]:

@@ -6,6 +6,7 @@ import copy
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_models import N_HEADS, N_LAYERS, random_tokens, tiny_model
@@ -21,6 +22,7 @@ N_ITEMS, N_POSITIONS = 6, 5
 TOKENS = random_tokens(N_ITEMS, N_POSITIONS, seed=2)
 METRIC = action_log_odds((3, 11), torch.tensor([0, 1, 1, 0, 1, 0]))
 ROLES = np.array([["a", "b", "a", "b", "decision"], ["b", "a", "b", "a", "decision"]] * 3)
+ROLES[-1] = ["a", "a", "b", "b", "decision"]  # another order of items shows
 
 
 @cache
@@ -65,6 +67,17 @@ def test_a_change_in_one_layer_is_found_there():
     mlp = patch_across(after, model(), TOKENS, grain="mlp_out", metric=METRIC).patched
     assert bool((mlp.effect[0] == 0).all())
     assert float(mlp.effect[1].abs().max()) > 0.1
+
+
+def test_directions_are_named_after_the_giver_and_the_taker():
+    both = patch_both_ways(model(0), model(1), TOKENS, grain="mlp_out", metric=METRIC)
+    for direction, (source, target) in {
+        "after_into_before": (model(1), model(0)),
+        "before_into_after": (model(0), model(1)),
+    }.items():
+        one = patch_across(source, target, TOKENS, grain="mlp_out", metric=METRIC).to_table()
+        rows = both[both["direction"] == direction].drop(columns="direction")
+        pd.testing.assert_frame_equal(rows.reset_index(drop=True), one)
 
 
 def test_equal_networks_have_no_gap():

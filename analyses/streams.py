@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -91,9 +92,7 @@ def check_fits(model: HookedModel, task: Task) -> None:
         )
 
 
-def task_costs(
-    task: Task, costs: Mapping[str, decisions.Utility] | None = None
-) -> dict[str, decisions.Utility]:
+def task_costs(task: Task, costs: Mapping[str, Any] | None = None) -> dict[str, decisions.Utility]:
     """The named costs to measure at: always "symmetric", the task's own if they differ, and
     `costs`.
     """
@@ -104,5 +103,5 @@ def task_costs(
         named["task"] = task.utility
     for name, value in (costs or {}).items():
         is_matrix = isinstance(value[0], tuple | list)
-        named[name] = value if is_matrix else decisions.diagonal_utility(value)  # type: ignore[arg-type]
+        named[name] = value if is_matrix else decisions.diagonal_utility(value)
     return named

@@ -111,14 +111,19 @@ def _before_as_step_zero(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a regime's "before" network, also as step 0 of each arm."""
     before = table[table["arm"] == "before"]
     copies = [table]
-    for (task, regime, arm), rows in table[table["arm"] != "before"].groupby(
-        ["task", "regime", "arm"], sort=False
-    ):
+    for task, regime, arm in _arms(table):
         start = before[(before["task"] == task) & (before["regime"] == regime)]
         if "costs" in table:
-            start = start[start["costs"].isin(rows["costs"].unique())]
+            own = table.loc[table["arm"] == arm, "costs"].unique()
+            start = start[start["costs"].isin(own)]
         copies.append(start.assign(arm=arm))
     return pd.concat(copies, ignore_index=True)
+
+
+def _arms(table: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """(task, regime, arm) of every arm but "before"."""
+    cells = table.loc[table["arm"] != "before", ["task", "regime", "arm"]].drop_duplicates()
+    return list(cells.itertuples(index=False, name=None))
 
 
 def _with_random_init(probes: pd.DataFrame) -> pd.DataFrame:
@@ -130,7 +135,7 @@ def _with_random_init(probes: pd.DataFrame) -> pd.DataFrame:
     ]
     floors = [
         init[init["task"] == task].assign(regime=regime, arm=arm, kind="random_init")
-        for (task, regime, arm), _ in probes.groupby(["task", "regime", "arm"], sort=False)
+        for task, regime, arm in _arms(probes)
     ]
     return pd.concat([probes, *floors], ignore_index=True)
 
@@ -140,10 +145,11 @@ def _before_and_after(patching: pd.DataFrame) -> pd.DataFrame:
     is_before = patching["arm"] == "before"
     after = patching[~is_before].assign(checkpoint="after")
     copies = [after]
-    for (task, regime, arm), rows in after.groupby(["task", "regime", "arm"], sort=False):
-        same = is_before & (patching["task"] == task) & (patching["regime"] == regime)
-        step = int(rows["step"].iloc[0])
-        copies.append(patching[same].assign(arm=arm, step=step, checkpoint="before"))
+    for task, regime, arm in _arms(patching):
+        same = (patching["task"] == task) & (patching["regime"] == regime)
+        step = int(patching.loc[same & (patching["arm"] == arm), "step"].to_numpy()[0])
+        start = patching[same & is_before]
+        copies.append(start.assign(arm=arm, step=step, checkpoint="before"))
     return pd.concat(copies, ignore_index=True)
 
 

@@ -154,7 +154,10 @@ def crossing_table(tables: Tables) -> ReportTable | None:
     """The shares of front and back at the cut that counts."""
     if "crossing" not in tables:
         return None
-    crossing = at_own_costs(where(tables["crossing"], currency="log_score", verdict_cut=True))
+    at_cut = where(tables["crossing"], currency="log_score", verdict_cut=True)
+    if at_cut.empty:  # no layer of the before network said anything: there is no cut
+        return None
+    crossing = at_own_costs(at_cut)
     crossing = crossing.assign(change=crossing["u_bb"] - crossing["u_aa"])
     keys = [*CELL, "readout"]
     means = {}
@@ -243,7 +246,9 @@ def verdict_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
         [
             _title(name),
             str(side["state"]),
-            _points({"mean": side["delta"], "low": side["ci"][0], "high": side["ci"][1]}, signed=True),
+            _points(
+                {"mean": side["delta"], "low": side["ci"][0], "high": side["ci"][1]}, signed=True
+            ),
             _p_value(side.get("p")),
             f"{100 * least[name]:.1f}" if name in least else "–",
         ]

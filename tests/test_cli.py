@@ -83,14 +83,13 @@ def test_inspect(capsys, pair):
         (("study", "/absent.yaml", "--out", "OUT"), "/absent.yaml: no such file"),
         (("compare", "/absent", "/absent", "--task", "triage", "--out", "OUT"), "/absent"),
         (("compare", "BEFORE", "AFTER", "--task", "tirage", "--out", "OUT"), "neither a task"),
-        (("compare", "BEFORE", "AFTER", "--task", "digits", "--out", "OUT"), "task"),
+        (("compare", "BEFORE", "AFTER", "--task", "sentiment", "--out", "OUT"), "tokenizer"),
         (("figures", "/absent"), "has no tables/"),
         (("report", "/absent"), "has no tables/"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(capsys, pair, tmp_path, arguments, message):
     places = {"BEFORE": pair / "before", "AFTER": pair / "after", "OUT": tmp_path / "out"}
-    # Nothing is wrong with digits but that these networks have too few tokens for it.
     status, _, err = run(capsys, *(places.get(a, a) for a in arguments))
     assert status == 2
     assert err.count("\n") == 1
@@ -135,7 +134,7 @@ def test_compare_leaves_verdict_tables_figures_and_report(capsys, pair, tmp_path
         *("ladder", "ladder_half", "losses", "contrasts", "probes", "patching"),
         *("crossing", "cross_checkpoint", "calibration", "calibration_summary"),
     }
-    assert (out / "figures" / "crossing.svg").is_file()
+    assert (out / "figures" / "crossing_triage.svg").is_file()
 
 
 def test_a_network_and_itself_differ_in_nothing(capsys, pair, tmp_path):
@@ -156,8 +155,8 @@ def test_single_instruments(capsys, pair, tmp_path):
         assert f"{table}.parquet" in printed
 
 
-@pytest.mark.parametrize("name", ["ladder", "crossing"])
-def test_analyses_and_figures_run_as_scripts(pair, tmp_path, name):
+@pytest.mark.parametrize(("name", "file"), [("ladder", "ladder"), ("crossing", "crossing_triage")])
+def test_analyses_and_figures_run_as_scripts(pair, tmp_path, name, file):
     root, before, after = Path(__file__).parents[1], pair / "before", pair / "after"
 
     def script(path, *arguments):
@@ -167,7 +166,7 @@ def test_analyses_and_figures_run_as_scripts(pair, tmp_path, name):
 
     task = ("--task", pair / "task.yaml")
     script(f"analyses/{name}.py", before, after, *task, "--out", tmp_path)
-    assert (tmp_path / "figures" / f"{name}.pdf").is_file()
+    assert (tmp_path / "figures" / f"{file}.pdf").is_file()
     script(f"figures/{name}.py", tmp_path / "tables", "--out", tmp_path / "again")
-    first, second = (tmp_path / d / f"{name}.svg" for d in ("figures", "again"))
+    first, second = (tmp_path / d / f"{file}.svg" for d in ("figures", "again"))
     assert first.read_bytes() == second.read_bytes()

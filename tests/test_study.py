@@ -42,7 +42,7 @@ def test_everything_is_left(finished):
     assert manifest["seeds"] == [0, 1]
     assert manifest["not_powered"]
     assert set(manifest["tables"]) == TABLES
-    for name in ("dissociation", "ladder", "crossing"):
+    for name in ("dissociation", "ladder", "crossing_triage"):
         for suffix in ("pdf", "svg", "png"):
             assert (out / "figures" / f"{name}.{suffix}").is_file()
     checkpoints = out / "checkpoints" / "triage" / "branched"

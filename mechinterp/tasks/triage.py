@@ -176,15 +176,14 @@ class Triage(Task):
         usable = (self.positive_probability(values) > 0.5) != (
             self.positive_probability(other) > 0.5
         )
-        quota = -(-n // n_needed)
-        chosen = torch.cat(
-            [(usable & (flipped_latent == k)).nonzero().flatten()[:quota] for k in range(n_needed)]
-        )
-        # Latents in turn, so that any prefix of the pairs is balanced.
-        rank = torch.cat(
-            [torch.arange(int((flipped_latent[chosen] == k).sum())) for k in range(n_needed)]
-        )
-        chosen = chosen[torch.argsort(rank, stable=True)][:n]
+        # Latents in turn, so that any prefix of the pairs is balanced; a latent too weak to change
+        # any decision has no pairs.
+        rank = torch.empty(n_drawn, dtype=torch.long)
+        for latent in range(n_needed):
+            mine = usable & (flipped_latent == latent)
+            rank[mine] = torch.arange(int(mine.sum()))
+        chosen = usable.nonzero().flatten()
+        chosen = chosen[torch.argsort(rank[chosen], stable=True)][:n]
         if len(chosen) < n:
             raise TaskError(
                 f"triage: found only {len(chosen)} of {n} counterfactual pairs: with these "

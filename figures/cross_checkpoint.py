@@ -15,6 +15,7 @@ from figures.tables import (
     settings_in,
     where,
 )
+from mechinterp.errors import AnalysisError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +48,8 @@ def draw(source: str | Path | Tables, *, grain: str | None = None) -> Figure:
     table = final_steps(read_tables(source, NEEDS)["cross_checkpoint"])
     present = set(table["grain"])
     table = where(table, grain=grain or next((g for g in GRAINS if g in present), min(present)))
+    if table["effect"].isna().all():
+        raise AnalysisError("the two networks decide alike: there is no gap to take a share of")
     settings = settings_in(table)
     figure, axes = style.grid(
         len(settings),

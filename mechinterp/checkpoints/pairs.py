@@ -8,6 +8,8 @@ from pathlib import Path
 from mechinterp.checkpoints.opening import Checkpoint, open_checkpoint
 from mechinterp.errors import CheckpointError
 
+UNEMBEDDING = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class CheckpointPair:
@@ -66,6 +68,8 @@ def _why_incomparable(before: Checkpoint, other: Checkpoint) -> str | None:
         return f"{difference}; choose checkpoints of one architecture and size"
     for name in before.shapes | other.shapes:
         here, there = other.shapes.get(name), before.shapes.get(name)
+        if name == UNEMBEDDING and None in (here, there):
+            continue  # one of them ties it to the embedding, the other has its own: same function
         if here != there:
             return f"tensor {name!r} is {_shape(here)}, the other's {_shape(there)}; {_SAME_MODEL}"
     if before.has_tokenizer != other.has_tokenizer:

@@ -1,0 +1,536 @@
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.text import Text
+from scipy import stats
+from table_factory import STEPS, pair_tables, study_tables, write_tables
+
+import figures
+from figures import FIGURES, Drawn, draw_all, style, tables
+from figures.colormaps import diverging_map, sequential_map
+from mechinterp.errors import AnalysisError
+
+ROOT = Path(__file__).parents[1]
+FEW_STEPS = (0, 50, 400)
+KINDS = ["ladder", "recovery"]  # between them: lines, hatches, images, colour bars, words
+
+
+@pytest.fixture(scope="module")
+def study() -> dict[str, pd.DataFrame]:
+    return study_tables(regimes=("branched",), seeds=3, steps=FEW_STEPS)
+
+
+@pytest.fixture(scope="module")
+def pair() -> dict[str, pd.DataFrame]:
+    return pair_tables()
+
+
+def draw(name: str, source, **options):
+    entry = FIGURES[name]
+    return entry.draw(source, **{**next(iter(entry.variants(source).values())), **options})
+
+
+# Looks: what a referee would send back
+
+
+def visible_texts(figure) -> list[Text]:
+    """All that is written, tick labels only where their tick is in view."""
+    hidden = set()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            slack = 1e-6 * (high - low)
+            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+                if not low - slack <= tick.get_loc() <= high + slack:
+                    hidden |= {tick.label1, tick.label2}
+    found = figure.findobj(Text)
+    return [t for t in found if t.get_visible() and t.get_text().strip() and t not in hidden]
+
+
+def layout_problems(figure) -> list[str]:
+    """Text that is cut off or overlaps other text, and legends over panels."""
+    figure.draw_without_rendering()
+    canvas = figure.bbox
+    boxes = [(t.get_text(), t.get_window_extent()) for t in visible_texts(figure)]
+    problems = [
+        f"cut off: {text!r}"
+        for text, box in boxes
+        if box.x0 < -1 or box.y0 < -1 or box.x1 > canvas.x1 + 1 or box.y1 > canvas.y1 + 1
+    ]
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        x = min(a.x1, b.x1) - max(a.x0, b.x0)
+        y = min(a.y1, b.y1) - max(a.y0, b.y0)
+        if x > 2 and y > 2:  # pixels at 300 dpi
+            problems.append(f"overlap: {one!r} and {other!r}")
+    legends = [*figure.legends, *(ax.get_legend() for ax in figure.axes if ax.get_legend())]
+    for legend, ax in itertools.product(legends, figure.axes):
+        if legend.get_window_extent().padded(-2).overlaps(ax.bbox):
+            problems.append("legend over a panel")
+    return problems
+
+
+def assert_fit_for_print(figure) -> None:
+    assert layout_problems(figure) == []
+    assert figure.get_figwidth() <= style.FULL_WIDTH
+    sizes = {text.get_fontsize() for text in visible_texts(figure)}
+    assert min(sizes) >= 7
+    assert max(sizes) <= 8
+    for ax in figure.axes:
+        if ax.get_xlabel():
+            assert ax.get_xlabel()[0].isupper()
+
+
+@pytest.mark.parametrize("name", figures.NAMES)
+def test_fit_for_print(name, study):
+    one_task = {name: t[t["task"] == "digits"] for name, t in study.items()}
+    assert_fit_for_print(draw(name, one_task))
+
+
+@pytest.mark.parametrize("name", figures.NAMES)
+def test_pair_fit_for_print(name, pair):
+    assert_fit_for_print(draw(name, pair))
+
+
+SHAPES = {
+    "all": lambda: study_tables(),
+    "three tasks": lambda: study_tables(
+        tasks=("triage", "digits", "arithmetic"), regimes=("branched",), seeds=8, n_layers=6
+    ),
+    "deep": lambda: study_tables(
+        tasks=("triage",),
+        regimes=("branched",),
+        seeds=8,
+        n_layers=30,
+        n_heads=9,
+        latents=("a_rather_long_latent_name", "another_latent_of_length", "short"),
+        patched_roles=(*(f"kind of token {i}" for i in range(23)), "decision"),
+    ),
+    "odd arms": lambda: study_tables(
+        tasks=("a_task_with_a_rather_long_name",),
+        arms=("symmetric", "weighted_1.98", "logit_adjusted"),
+        seeds=3,
+        steps=(0, 100, 1000),
+    ),
+    "from init": lambda: study_tables(tasks=("digits",), regimes=("from_init",)),
+    "bare pair": lambda: pair_tables(control=False, intervals=False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_shapes_fit_for_print(shape):
+    source = SHAPES[shape]()
+    for name in figures.NAMES:
+        if shape == "from init" and name in ("cross_checkpoint", "crossing"):
+            continue  # a random network has no front to keep
+        assert_fit_for_print(draw(name, source))
+
+
+def test_the_check_sees_problems(study):
+    figure = draw("trajectories", study)
+    figure.axes[0].set_title("far too long a title for a panel of this width, again " * 3)
+    assert any("cut off" in problem for problem in layout_problems(figure))
+    figure = draw("trajectories", study)
+    figure.axes[0].legend(handles=style.arm_handles(["symmetric"]))
+    assert "legend over a panel" in layout_problems(figure)
+
+
+def test_seeds_and_intervals_are_stated(study, pair):
+    heading = draw("trajectories", study).legends[0].get_title().get_text()
+    assert heading.startswith("Mean of 3 seeds; bars: 95% t interval over seeds")
+    heading = draw("trajectories", pair).legends[0].get_title().get_text()
+    assert heading == "One seed; bars: 95% interval over items."
+    heading = draw("trajectories", pair_tables(intervals=False)).legends[0].get_title().get_text()
+    assert heading == "One seed, no interval."
+
+
+# Numbers: what is drawn is what the tables say
+
+
+def test_over_seeds_is_the_t_interval(study):
+    losses = study["losses"]
+    cell = ["task", "arm", "step", "costs", "currency", "loss"]
+    summary = tables.over_seeds(losses, cell, scale=100).set_index(cell)
+    for key, rows in losses.groupby(cell):
+        values = 100 * rows["value"].to_numpy()
+        low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
+        drawn = summary.loc[key]
+        assert drawn[["mean", "low", "high"]].tolist() == pytest.approx([values.mean(), low, high])
+        assert drawn["n_seeds"] == 3
+
+
+def test_over_seeds_averages_within_a_seed_first():
+    table = pd.DataFrame({"arm": "x", "seed": [0, 0, 0, 1], "value": [1.0, 2.0, 3.0, 6.0]})
+    summary = tables.over_seeds(table, ["arm"])
+    assert summary["mean"].tolist() == [4.0]  # not 3
+    assert summary["n_seeds"].tolist() == [2]
+
+
+def test_one_seed_takes_the_interval_over_items():
+    table = pd.DataFrame({"arm": ["x"], "seed": [0], "value": [0.5], "low": [0.4], "high": [0.7]})
+    assert tables.over_seeds(table, ["arm"], scale=100)[["low", "high"]].to_numpy().tolist() == [
+        pytest.approx([40.0, 70.0])
+    ]
+    summary = tables.over_seeds(table.drop(columns=["low", "high"]), ["arm"])
+    assert summary[["low", "high"]].isna().all(axis=None)
+
+
+def test_dissociation_against_a_plain_loop(study):
+    """The end of each path, by hand: the arm less the control that serves the same costs."""
+    figure = draw("dissociation", study)
+    losses = study["losses_in_full"]
+
+    def value(arm, loss, seed, costs, task):
+        row = losses[
+            (losses["arm"] == arm)
+            & (losses["loss"] == loss)
+            & (losses["seed"] == seed)
+            & (losses["costs"] == costs)
+            & (losses["task"] == task)
+            & (losses["currency"] == "log_score")
+            & (losses["step"] == FEW_STEPS[-1])
+        ]
+        return row["value"].item()
+
+    panels = itertools.product(("triage", "digits"), ("1.8", "1.98"))
+    for ax, (task, weight) in zip(figure.axes, panels, strict=True):
+        pairs = {
+            "symmetric": f"ex_post_{weight}",
+            "symmetric_reordered": "symmetric",
+            f"weighted_{weight}": f"ex_post_{weight}",
+        }
+        drawn = [
+            (float(c.lines[0].get_xdata()[0]), float(c.lines[0].get_ydata()[0]))
+            for c in ax.containers
+            if isinstance(c, ErrorbarContainer)
+        ]
+        expected = [
+            tuple(
+                100
+                * np.mean(
+                    [
+                        value(arm, loss, seed, f"w{weight}", task)
+                        - value(origin, loss, seed, f"w{weight}", task)
+                        for seed in range(3)
+                    ]
+                )
+                for loss in ("choosing", "learning")
+            )
+            for arm, origin in pairs.items()
+        ]
+        assert np.allclose(drawn, expected)
+
+
+def test_dissociation_of_a_pair_takes_the_intervals_of_the_contrasts(pair):
+    figure = draw("dissociation", pair)
+    ends = [c for c in figure.axes[0].containers if isinstance(c, ErrorbarContainer)]
+    contrasts = pair["contrasts"]
+    for end, arm in zip(ends, ("control", "after"), strict=True):
+        bars = {
+            loss: contrasts[
+                (contrasts["arm"] == arm)
+                & (contrasts["loss"] == loss)
+                & (contrasts["reference"] == "before")
+                & (contrasts["currency"] == "log_score")
+            ][["mean", "low", "high"]]
+            .to_numpy()
+            .ravel()
+            * 100
+            for loss in ("choosing", "learning")
+        }
+        horizontal, vertical = (bar.get_segments()[0] for bar in end.lines[2])
+        assert horizontal[:, 0].tolist() == pytest.approx(bars["choosing"][1:].tolist())
+        assert vertical[:, 1].tolist() == pytest.approx(bars["learning"][1:].tolist())
+        assert horizontal[0, 1] == pytest.approx(bars["learning"][0])
+
+
+def test_dissociation_needs_a_control():
+    with pytest.raises(AnalysisError, match="no arm beside a control"):
+        draw("dissociation", study_tables(arms=("weighted_1.98",), seeds=2, steps=FEW_STEPS))
+
+
+def test_ladder_bars_add_up_to_the_total(study):
+    figure = draw("ladder", study)
+    full = study["losses_in_full"]
+    for ax in figure.axes:
+        ends: dict[float, float] = {}
+        for bar in (bar for c in ax.containers if isinstance(c, BarContainer) for bar in c):
+            y = bar.get_y() + bar.get_height() / 2
+            ends[y] = ends.get(y, 0.0) + bar.get_width()
+        diamonds = {
+            float(c.lines[0].get_ydata()[0]): float(c.lines[0].get_xdata()[0])
+            for c in ax.containers
+            if isinstance(c, ErrorbarContainer)
+        }
+        assert diamonds
+        for y, total in diamonds.items():
+            assert ends[y] == pytest.approx(total)
+    utility = full[(full["currency"] == "utility") & (full["loss"] == "total")]
+    expected = utility.query("task == 'triage' and arm == 'weighted_1.98' and step > 0")["value"]
+    panel = figure.axes[1]
+    diamonds = [
+        float(c.lines[0].get_xdata()[0])
+        for c in panel.containers
+        if isinstance(c, ErrorbarContainer)
+    ]
+    assert diamonds[-1] == pytest.approx(100 * expected.mean())
+
+
+def test_ladder_stacks_negative_pieces_to_the_left():
+    source = study_tables(tasks=("triage",), regimes=("branched",), seeds=2, steps=FEW_STEPS)
+    full = source["losses_in_full"].copy()
+    discarded = full["loss"] == "discarded"
+    total = full["loss"] == "total"
+    cell = ["arm", "seed", "step", "costs", "currency"]
+    shift = full[discarded].set_index(cell)["value"] + 0.07
+    full.loc[discarded, "value"] = -0.07
+    at = pd.MultiIndex.from_frame(full.loc[total, cell])
+    full.loc[total, "value"] -= shift.reindex(at).to_numpy()
+    figure = draw("ladder", {**source, "losses_in_full": full})
+    bars = [b for c in figure.axes[0].containers if isinstance(c, BarContainer) for b in c]
+    negative = [bar for bar in bars if bar.get_width() < 0]
+    assert len(negative) == 8  # one per arm and costs
+    assert all(bar.get_x() == 0 and bar.get_width() == pytest.approx(-7) for bar in negative)
+    assert figure.axes[0].get_xlim()[0] < -7
+    assert layout_problems(figure) == []
+
+
+def test_recovery_maps_share_a_scale_and_centre_the_difference(study):
+    figure = draw("recovery", study)
+    rows = study["patching"].query(
+        "task == 'triage' and arm == 'weighted_1.98' and latent == 'all'"
+    )
+    grains = ("resid_pre", "attn_out", "mlp_out", "head")
+    for grain, panels in zip(grains, np.reshape(figure.axes[:12], (4, 3)), strict=True):
+        before, after, change = (ax.images[0] for ax in panels)
+        assert before.get_clim() == after.get_clim()
+        assert before.get_clim()[0] <= 0
+        assert change.get_clim()[0] == -change.get_clim()[1]
+        cells = rows[rows["grain"] == grain].groupby(["checkpoint", "unit", "layer"])
+        mean = cells["recovery"].mean().unstack()
+        units = [label.get_text() for label in panels[0].get_yticklabels()]
+        assert np.allclose(before.get_array(), mean.loc["before"].loc[units])
+        expected = mean.loc["after"].loc[units] - mean.loc["before"].loc[units]
+        assert np.allclose(change.get_array(), expected)
+
+
+def test_recovery_puts_roles_in_reading_order():
+    units = ["decision", "head 10", "head 2", "row 0 col 10", "row 0 col 9", "start"]
+    ordered = sorted(units, key=tables.natural_order)
+    assert ordered == ["start", "head 2", "head 10", "row 0 col 9", "row 0 col 10", "decision"]
+
+
+def test_recovery_of_one_network_has_one_column(pair):
+    alone = pair["patching"].query("checkpoint == 'after'").assign(arm="before")
+    figure = draw("recovery", {"patching": alone})
+    assert len([ax for ax in figure.axes if ax.images]) == 4
+    assert layout_problems(figure) == []
+
+
+def test_crossing_marks_shares_that_are_not_valid(study):
+    crossing = study["crossing"].assign(shares_valid=False)
+    all_hollow = draw("crossing", {"crossing": crossing}).axes[3]
+    none_hollow = draw("crossing", {"crossing": crossing.assign(shares_valid=True)}).axes[3]
+
+    def hollow(ax) -> int:
+        lines = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
+        return sum(len(line.get_xdata()) for line in lines)
+
+    assert hollow(all_hollow) == 2 * crossing["cut"].nunique()
+    assert hollow(none_hollow) == 0
+
+
+def test_probes_floor_is_the_network_as_initialised(study):
+    probes = study["probes"]
+    figure = draw("probes", study)
+    floor = probes.query(
+        "kind == 'random_init' and needed and task == 'triage' and arm != 'before'"
+    )
+    expected = floor.groupby("layer")["value"].mean()
+    drawn = [line for line in figure.axes[0].lines if line.get_linestyle() == "-."]
+    assert np.allclose(drawn[0].get_ydata(), expected)
+
+
+# Style
+
+
+def test_an_arm_looks_the_same_everywhere(study):
+    arms = [*study["losses"]["arm"].unique(), "after", "control"]
+    looks = style.arm_styles(arms)
+    distinct = [arm for arm in arms if arm != "before"]  # never beside the symmetric arm
+    assert len({looks[arm].color for arm in distinct}) == len(distinct)
+    assert len({looks[arm].marker for arm in distinct}) == len(distinct)
+    for subset in itertools.combinations(arms, 2):
+        assert all(look == looks[arm] for arm, look in style.arm_styles(subset).items())
+
+
+def test_unknown_arms_get_looks_of_their_own():
+    looks = style.arm_styles(["symmetric", "logit_adjusted", "brier", "weighted_1.5"])
+    assert len({look.color for look in looks.values()}) == 4
+    assert looks["logit_adjusted"].label == "logit adjusted"
+
+
+def lightness(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*, written out from its definition."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    y = linear @ np.array([0.2126, 0.7152, 0.0722])
+    return np.where(y > 0.008856, 116 * np.cbrt(y) - 16, 903.3 * y)
+
+
+def test_colour_maps_are_perceptually_even():
+    rgb = diverging_map()(np.linspace(0, 1, 255))[:, :3]
+    light = lightness(rgb)
+    assert light.argmax() == 127
+    assert np.ptp(rgb[127]) < 0.01  # white in the middle
+    assert np.abs(light - light[::-1]).max() < 5  # equal weight on both sides
+    for branch in (light[:128], light[127:][::-1]):
+        steps = np.diff(branch)
+        assert steps.min() > 0
+        assert steps.max() < 2.5 * steps.min()
+    assert (np.diff(lightness(sequential_map()(np.linspace(0, 1, 64))[:, :3])) > 0).all()
+
+
+def test_the_users_own_settings_do_not_show(study, tmp_path):
+    import matplotlib
+
+    plain = style.save(draw("calibration", study), "a", tmp_path, ["svg"])[0].read_bytes()
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.hashsalt": None}):
+        other = style.save(draw("calibration", study), "b", tmp_path, ["svg"])[0].read_bytes()
+    assert plain == other
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    source = study_tables(
+        tasks=("triage",),
+        regimes=("branched",),
+        arms=("symmetric", "symmetric_reordered", "weighted_1.98", "ex_post_1.98"),
+        seeds=2,
+        steps=FEW_STEPS,
+    )
+    return write_tables(source, tmp_path_factory.mktemp("small") / "tables")
+
+
+@pytest.fixture(scope="module")
+def drawn(small) -> Drawn:
+    return draw_all(small, small.parent / "figures", formats=["svg"])
+
+
+@pytest.fixture(scope="module")
+def drawn_in_full(small) -> Drawn:
+    return draw_all(small, small.parent / "full", KINDS)
+
+
+def python(*arguments: str | Path, cwd: Path = ROOT, **environment: str):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_another_process_draws_the_same_bytes(small, drawn, drawn_in_full, tmp_path):
+    code = (
+        "import figures; "
+        f"figures.draw_all({str(small)!r}, {str(tmp_path / 'figures')!r}, formats=['svg']); "
+        f"figures.draw_all({str(small)!r}, {str(tmp_path / 'full')!r}, {KINDS})"
+    )
+    assert python("-c", code, PYTHONHASHSEED="1", TZ="Asia/Tokyo").returncode == 0
+    written = [*drawn.written.values(), *drawn_in_full.written.values()]
+    paths = [path for paths in written for path in paths]
+    assert len(paths) == len(figures.NAMES) + 3 * len(KINDS)
+    for path in paths:
+        assert path.read_bytes() == (tmp_path / path.parent.name / path.name).read_bytes(), path
+
+
+def test_formats_do_not_depend_on_each_other(drawn, drawn_in_full):
+    for stem, paths in drawn_in_full.written.items():
+        (alone,) = drawn.written[stem]
+        (among_others,) = [path for path in paths if path.suffix == ".svg"]
+        assert alone.read_bytes() == among_others.read_bytes()
+
+
+def test_files_are_named_after_figure_and_task(drawn):
+    assert list(drawn.written) == [
+        *("dissociation", "ladder", "trajectories", "probes", "recovery_triage"),
+        *("cross_checkpoint", "crossing_triage", "calibration"),
+    ]
+    assert drawn.skipped == {}
+    assert all(figures.caption(stem) for stem in drawn.written)
+
+
+def test_pdf_embeds_truetype_and_no_date(drawn_in_full):
+    (path,) = [path for path in drawn_in_full.written["ladder"] if path.suffix == ".pdf"]
+    data = path.read_bytes()
+    assert b"/FontFile2" in data
+    assert b"CreationDate" not in data
+
+
+def test_absent_tables_are_skipped_with_the_reason(tmp_path, study):
+    write_tables({"crossing": study["crossing"].head(0)}, tmp_path)
+    drawn = draw_all(tmp_path, tmp_path / "figures", ["ladder", "crossing"], formats=["svg"])
+    assert drawn.written == {}
+    assert "table 'losses' is absent" in drawn.skipped["ladder"]
+    assert "table 'crossing' is empty" in drawn.skipped["crossing"]
+
+
+def test_missing_columns_are_named(study):
+    with pytest.raises(AnalysisError, match=r"'losses' lacks the column\(s\) costs, value"):
+        draw("ladder", {"losses": study["losses"].drop(columns=["costs", "value"])})
+
+
+def test_unknown_names_are_refused(small, tmp_path):
+    with pytest.raises(AnalysisError, match="no figure named 'pie'"):
+        draw_all(small, tmp_path, ["pie"])
+    with pytest.raises(AnalysisError, match="no format named 'gif'"):
+        draw_all(small, tmp_path, formats=["gif"])
+
+
+def test_registry_names_tables_and_functions():
+    assert list(FIGURES) == list(figures.NAMES)
+    for entry in FIGURES.values():
+        needed, function = entry[:2]
+        assert needed
+        assert callable(function)
+
+
+def test_scripts(small, tmp_path):
+    result = python(
+        ROOT / "figures" / "cross_checkpoint.py", small, "--out", tmp_path, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(tmp_path / f"cross_checkpoint.{f}") for f in style.FORMATS]
+    result = python(ROOT / "figures" / "probes.py", tmp_path, "--out", tmp_path, "--formats", "svg")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: table 'probes' is absent; run the analysis that writes it first\n"
+    )
+
+
+def test_import_is_light():
+    heavy = ("matplotlib", "pandas", "numpy", "torch")
+    code = f"import sys, figures; print([m for m in {heavy} if m in sys.modules])"
+    assert python("-c", code).stdout == "[]\n"
+
+
+def test_step_zero_has_a_place_on_the_axis():
+    figure = draw("trajectories", study_tables(tasks=("triage",), regimes=("branched",), seeds=2))
+    ax = figure.axes[0]
+    assert ax.get_xlim()[0] < 0 < ax.get_xlim()[1]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "50", "400", "1.6k"]
+    assert ax.get_xticks(minor=True).tolist() == [s for s in STEPS if s not in ax.get_xticks()]

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: everything is written to a temporary name, then renamed."""
+"""Files that are whole or absent: everything is written to a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on failure."""
+    """Yield a temporary path beside `path`; rename it on success, delete it on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -84,6 +84,6 @@ def file_hash(path: str | Path) -> str:
 
 
 def value_hash(value: Any) -> str:
-    """SHA-256 of a JSON-able value in canonical form, in hex: the address of whatever it describes."""
+    """SHA-256 of a JSON-able value in canonical form, in hex: the address of what it describes."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -80,9 +80,9 @@ def contrast_tables(tables: Tables) -> list[ReportTable]:
             lines.append([*_labels(*cell), *shown, *states, *p, seeds])
         table = ReportTable(
             title=f"Changes of the losses against {name}",
-            note="Hundredths of (oracle − best constant action) of expected log score; positive is "
-            "worse; brackets are 95% intervals over seeds, for a single pair over items. States and "
-            "p values (of no change) are of learning and of choosing.",
+            note="Hundredths of (oracle − best constant action) of expected log score; positive "
+            "is worse; brackets are 95% intervals over seeds, for a single pair over items. States "
+            "and p values (of no change) are of learning and of choosing.",
             columns=[
                 *(*CELL_TITLES, *(_title(loss) for loss in losses)),
                 *("Learning is", "Choosing is", "p, learning", "p, choosing", "Seeds"),
@@ -174,8 +174,8 @@ def crossing_table(tables: Tables) -> ReportTable | None:
             lines.append([*_labels(*cell), readout, *shares, cuts, valid])
     return ReportTable(
         title="The crossing at the verdict's cut",
-        note="Change of the expected log score from before to after, in hundredths of (oracle − best "
-        "constant action), divided between the layers before and after the cut. Where the "
+        note="Change of the expected log score from before to after, in hundredths of (oracle − "
+        "best constant action), divided between the layers before and after the cut. Where the "
         "interaction is too large the shares are not valid. The second data order is the null.",
         columns=[
             *(*CELL_TITLES, "Readout"),
@@ -197,8 +197,8 @@ def calibration_table(tables: Tables) -> ReportTable | None:
     }
     return ReportTable(
         title="Calibration",
-        note="Expected calibration error, Brier score and log loss (nats) at the stated costs, with "
-        "95% intervals over seeds. ECE by chance: what a calibrated report would score.",
+        note="Expected calibration error, Brier score and log loss (nats) at the stated costs, "
+        "with 95% intervals over seeds. ECE by chance: what a calibrated report would score.",
         columns=[*CELL_TITLES, *(titles[name] for name in means)],
         rows=[
             [*_labels(*cell), *(_plain(mean.get(cell)) for mean in means.values())]
@@ -228,8 +228,8 @@ def competence_table(tables: Tables) -> ReportTable | None:
         )
     return ReportTable(
         title="Competence gate",
-        note="A study is void for a task that its symmetric networks do not know. Against the oracle: "
-        "utility as a share of (oracle − best constant action); against logistic regression on the "
+        note="A study is void for a task that its symmetric networks do not know. Against the "
+        "oracle: utility as a share of (oracle − best constant action); against logistic regression on the "
         "raw input: mean log score (nats).",
         columns=["Task", "Regime", "Measured against", "Value", "Threshold", "Competent"],
         rows=lines,
@@ -264,8 +264,8 @@ def verdict_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
         "facts": facts,
         "table": ReportTable(
             title="The sides and parts of the verdict",
-            note="Increase of the loss in hundredths of (oracle − best constant action); positive is "
-            "worse. Least detectable: the smallest increase that would have been called damage.",
+            note="Increase of the loss in hundredths of (oracle − best constant action); "
+            "positive is worse. Least detectable: the smallest increase that would have been called damage.",
             columns=["Loss", "State", "Increase", "p", "Least detectable"],
             rows=rows,
             n_labels=2,

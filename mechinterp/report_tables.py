@@ -265,7 +265,8 @@ def verdict_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
         "table": ReportTable(
             title="The sides and parts of the verdict",
             note="Increase of the loss in hundredths of (oracle − best constant action); "
-            "positive is worse. Least detectable: the smallest increase that would have been called damage.",
+            "positive is worse. Least detectable: the smallest increase that would have been "
+            "called damage.",
             columns=["Loss", "State", "Increase", "p", "Least detectable"],
             rows=rows,
             n_labels=2,

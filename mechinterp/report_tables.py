@@ -229,8 +229,8 @@ def competence_table(tables: Tables) -> ReportTable | None:
     return ReportTable(
         title="Competence gate",
         note="A study is void for a task that its symmetric networks do not know. Against the "
-        "oracle: utility as a share of (oracle − best constant action); against logistic regression on the "
-        "raw input: mean log score (nats).",
+        "oracle: utility as a share of (oracle − best constant action); against logistic "
+        "regression on the raw input: mean log score (nats).",
         columns=["Task", "Regime", "Measured against", "Value", "Threshold", "Competent"],
         rows=lines,
         n_labels=3,

@@ -30,7 +30,7 @@ class DecisionStreams:
     normed: Mapping[int, Float[Tensor, "items d_model"]]
     action_logits: Float[Tensor, "items actions"]
 
-    def select(self, rows: Tensor) -> DecisionStreams:
+    def select(self, rows: Tensor | slice) -> DecisionStreams:
         return DecisionStreams(
             {layer: x[rows] for layer, x in self.residual.items()},
             {layer: x[rows] for layer, x in self.normed.items()},

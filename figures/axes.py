@@ -19,6 +19,7 @@ def percent_axis(
     signed: bool = False,
     at_least: float = 0,
     headroom: float = 0,
+    log_above: float = 100,
 ) -> None:
     """Scale, limits and ticks of an axis in percent, made to hold `values` and ±`at_least`.
 
@@ -35,7 +36,7 @@ def percent_axis(
 
     values = np.append(np.asarray(values, float), [-at_least, at_least])
     values = values[np.isfinite(values)]
-    wide = np.abs(values).max() > 100
+    wide = np.abs(values).max() > log_above
     axis = ax.xaxis if which == "x" else ax.yaxis
     if wide:
         getattr(ax, f"set_{which}scale")("symlog", linthresh=10, linscale=1)

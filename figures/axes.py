@@ -23,8 +23,8 @@ def percent_axis(
 ) -> None:
     """Scale, limits and ticks of an axis in percent, made to hold `values` and ±`at_least`.
 
-    `headroom` is the share of the axis left free at its upper end, for words.
-    Linear, or linear within ±10% and logarithmic beyond when values go past ±100%.
+    Linear; where values go past ±`log_above`, linear within ±10% and logarithmic beyond. `headroom`
+    is the share of the axis left free at its upper end, for words.
     """
     from matplotlib.ticker import (
         FixedLocator,

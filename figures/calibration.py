@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 CAPTION = (
     "Calibration at each arm's last step: the share of the last action's label that is observed "
     "against the report for it, items counting with what they are worth at the stated costs, in "
-    "bins of the report; the area of a marker is the share of items in its bin. Diagonal: perfect "
-    "calibration. Beside each panel: expected calibration error (ECE), ± half of the 95% t "
-    "interval over seeds. An arm that is not adjusted to the costs is off the diagonal by its "
-    "threshold alone."
+    "bins of the report; the area of a marker is the share of items in its bin. Bins in which "
+    "some seed has no items are left out. Diagonal: perfect calibration. Beside each panel: "
+    "expected calibration error (ECE) over all bins, ± half of the 95% t interval over seeds. An "
+    "arm that is not adjusted to the costs is off the diagonal by its threshold alone."
 )
 NEEDS = {
     "calibration": (
@@ -76,7 +76,8 @@ def draw(source: str | Path | Tables) -> Figure:
 
 def _panel(ax: Axes, bins: pd.DataFrame, looks: dict[str, style.ArmStyle]) -> pd.DataFrame:
     ax.plot([0, 1], [0, 1], color=style.GREY, lw=0.6, zorder=0)
-    summary = over_seeds(bins[bins["n_items"] > 0], ["arm", "bin"], "observed")
+    summary = over_seeds(bins, ["arm", "bin"], "observed")
+    summary = summary[summary["n_seeds"] == summary["n_seeds"].max()]
     at = bins.groupby(["arm", "bin"])[["predicted", "n_items"]].mean().reset_index()
     summary = summary.merge(at, on=["arm", "bin"])
     for arm in arms_in(summary):

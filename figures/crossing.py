@@ -11,6 +11,7 @@ from figures.tables import (
     arms_in,
     at_own_costs,
     costs_in,
+    costs_of,
     final_steps,
     over_seeds,
     read_tables,
@@ -80,10 +81,10 @@ def draw(
     arms = [
         (arm, costs) for costs in costs_in(changed) for arm in arms_in(where(changed, costs=costs))
     ]
+    # The control stands at every costs; where arms were made for them, those are shown.
+    arms = [(arm, costs) for arm, costs in arms if costs_of(arm)] or arms
     readouts = [readout for readout in READOUTS if readout in set(changed["readout"])]
-    figure, axes = style.grid(
-        2 * len(arms), len(readouts), row_height=1.25, sharex=True, sharey="row"
-    )
+    figure, axes = style.grid(2 * len(arms), len(readouts), row_height=1.25, sharex=True)
     looks = style.arm_styles([arm for arm, _ in arms])
     summaries = []
     for index, (arm, costs) in enumerate(arms):

@@ -33,11 +33,11 @@ CAPTION = (
     "grounds can no longer be read out) against change in choosing loss (right: they can, and are "
     "not acted on), in expected log score at the stated costs, as % of oracle − best constant "
     "action. The origin (+) is continued symmetric training at the same step, adjusted ex post to "
-    "these costs where that arm exists; the second data order, a null, is compared with the "
-    "unadjusted control; for a pair the origin is the checkpoint before. Paths run over training "
-    "steps, from small to large markers; the last marker bears the intervals, thin lines are "
-    "single seeds. Grey bands: the margin of ±5%, within which no damage is claimed. An axis that "
-    "goes past ±100% is linear within ±10%, logarithmic beyond."
+    "these costs where that arm exists; for a pair it is the checkpoint before. The second data "
+    "order, a null, is compared with the control at symmetric costs, for which both were trained. "
+    "Paths run over training steps, from small to large markers; the last marker bears the "
+    "intervals, thin lines are single seeds. Grey bands: the margin of ±5%, within which no "
+    "damage is claimed. An axis that goes past ±50% is linear within ±10%, logarithmic beyond."
 )
 MARGIN = 5.0  # % of (oracle - constant): the smallest change that a verdict claims
 PLANE = ["choosing", "learning"]
@@ -52,7 +52,7 @@ OPTIONAL = {
 def draw(source: str | Path | Tables) -> Figure:
     """One panel per task (rows) and regime x costs (columns)."""
     tables = read_tables(source, NEEDS, OPTIONAL)
-    losses = at_own_costs(with_full_ends(tables))
+    losses = with_full_ends(tables)
     losses = losses[(losses["currency"] == "log_score") & losses["loss"].isin(PLANE)]
     # At step 0 the arms of a regime are one network; ex-post arms are not adjusted there yet.
     losses = losses[(losses["step"] > 0) | (losses["regime"] == "pair")]
@@ -63,28 +63,25 @@ def draw(source: str | Path | Tables) -> Figure:
         for costs in costs_in(where(losses, regime=regime))
     ]
     panels = [
-        changes(where(losses, task=task, regime=regime, costs=costs), costs)
+        _panel_changes(where(losses, task=task, regime=regime), costs)
         for task in tasks
         for regime, costs in columns
     ]
-    alone = len(panels) == 1
     seen = pd.concat(panels)
     if seen.empty:
         raise AnalysisError("table 'losses' has no arm beside a control ('symmetric' or 'before')")
     figure, axes = style.grid(
         len(tasks),
         len(columns),
-        width=style.SINGLE_COLUMN if alone else style.FULL_WIDTH,
+        width=style.FULL_WIDTH if len(panels) > 1 else style.SINGLE_COLUMN,
         row_height=2.4 if len(tasks) == 1 else 1.7,
         sharex=True,
         sharey=True,
     )
-    looks = style.arm_styles(arms_in(losses))
+    looks = style.arm_styles(arms_in(seen))
     ends = []
     for ax, panel in zip(axes.flat, panels, strict=True):
-        ax.axvspan(-MARGIN, MARGIN, color=style.PALE, lw=0, zorder=0)
-        ax.axhspan(-MARGIN, MARGIN, color=style.PALE, lw=0, zorder=0)
-        ax.plot(0, 0, "+", color="black", ms=7, mew=0.8, zorder=6)
+        _background(ax)
         for arm in arms_in(panel):
             path = where(panel, arm=arm)
             end = _end(path, tables.get("contrasts"))
@@ -92,30 +89,25 @@ def draw(source: str | Path | Tables) -> Figure:
             ends.append(end)
     for which, loss in zip("xy", PLANE, strict=True):
         held = [seen[loss], *(end[loss][side] for end in ends for side in ("low", "high"))]
+        room = {"at_least": 2.5 * MARGIN, "headroom": 0.1 if which == "y" else 0, "log_above": 50}
         for ax in axes.flat:
-            percent_axis(
-                ax,
-                which,
-                np.concatenate(held),
-                signed=True,
-                at_least=2.5 * MARGIN,
-                headroom=0.1 if which == "y" else 0,
-            )
+            percent_axis(ax, which, np.concatenate(held), signed=True, **room)
     for ax, (regime, costs) in zip(axes[0], columns, strict=True):
         ax.set_title(f"{style.regime_label(regime)}\n{style.costs_label(costs)}")
     for ax, task in zip(axes[:, 0], tasks, strict=True):
         ax.set_ylabel(style.wrap(task))
-    for ax in axes.flat:
-        _words(ax)
     pair = set(seen["regime"]) == {"pair"}
     versus = "from the checkpoint before" if pair else "against the control"
     label = f"Change in {{}} loss {versus}\n(% of oracle − constant)"
     figure.supxlabel(label.format("choosing"), fontsize=7)
     figure.supylabel(label.format("learning"), fontsize=7)
     style.letter_panels(axes)
-    names = {"symmetric": "symmetric, not adjusted", "symmetric_reordered": "second data order"}
-    adjusted = any(arm.startswith("ex_post") for arm in losses["arm"].unique())
-    origin = "checkpoint before" if pair else "symmetric" + ", adjusted ex post" * adjusted
+    names = {
+        "symmetric": "symmetric, not adjusted",
+        "symmetric_reordered": "second data order (null)",
+    }
+    adjusted = ", adjusted ex post" if losses["arm"].str.startswith("ex_post").any() else ""
+    origin = "checkpoint before" if pair else f"symmetric{adjusted}"
     handles = style.arm_handles(arms_in(seen), names)
     handles.append(style.handle(f"origin: {origin}", marker="+", ms=6, ls="none"))
     note = style.seeds_note(*(summary for end in ends for summary in end.values()))
@@ -125,32 +117,34 @@ def draw(source: str | Path | Tables) -> Figure:
     return figure
 
 
-def changes(rows: pd.DataFrame, costs: str) -> pd.DataFrame:
-    """Both losses (%) of every arm, less those of its origin, by seed and step."""
+def _panel_changes(losses: pd.DataFrame, costs: str) -> pd.DataFrame:
+    """The arms that serve the costs, and the null at the costs for which it was trained."""
+    own = at_own_costs(losses)
+    null = losses[losses["arm"].isin(["symmetric", "symmetric_reordered"])]
+    return pd.concat(
+        [
+            _changes(own[(own["costs"] == costs) & (own["arm"] != "symmetric_reordered")], costs),
+            _changes(where(null, costs="symmetric"), "symmetric"),
+        ]
+    )
+
+
+def _changes(rows: pd.DataFrame, costs: str) -> pd.DataFrame:
+    """Both losses (%) of every arm, less those of the arm at the origin, by seed and step."""
     keys = ["task", "regime", "costs", "arm", "seed", "step"]
     wide = rows.pivot_table(index=keys, columns="loss", values="value", observed=True)
     wide = (100 * wide.reindex(columns=PLANE)).reset_index()
-    found = [wide.head(0)]
-    for arm in arms_in(wide):
-        origin = _origin(arm, arms_in(wide), costs)
-        # The checkpoint before is one for all steps; a control is compared at equal steps.
-        on = ["seed"] if origin == "before" else ["seed", "step"]
-        other = where(wide, arm=origin)[[*on, *PLANE]]
-        merged = where(wide, arm=arm).merge(other, on=on, suffixes=("", "_origin"))
-        for loss in PLANE:
-            merged[loss] -= merged.pop(f"{loss}_origin")
-        found.append(merged)
-    return pd.concat(found)
-
-
-def _origin(arm: str, arms: list[str], costs: str) -> str | None:
-    """The arm that stands at the origin for `arm`; None for that arm itself."""
-    if arm == "symmetric_reordered":
-        candidates = ["symmetric"]
-    else:
-        candidates = ["before", f"ex_post_{costs.removeprefix('w')}", "symmetric"]
-    origin = next((candidate for candidate in candidates if candidate in arms), None)
-    return None if origin == arm else origin
+    arms = arms_in(wide)
+    candidates = ("before", f"ex_post_{costs.removeprefix('w')}", "symmetric")
+    origin = next((arm for arm in candidates if arm in arms), None)
+    # The checkpoint before is one for all steps; a control is compared at equal steps.
+    on = ["seed"] if origin == "before" else ["seed", "step"]
+    merged = wide[wide["arm"] != origin].merge(
+        wide.loc[wide["arm"] == origin, [*on, *PLANE]], on=on, suffixes=("", "_origin")
+    )
+    for loss in PLANE:
+        merged[loss] -= merged.pop(f"{loss}_origin")
+    return merged
 
 
 def _end(path: pd.DataFrame, contrasts: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
@@ -161,7 +155,7 @@ def _end(path: pd.DataFrame, contrasts: pd.DataFrame | None) -> dict[str, pd.Dat
     last = path[path["step"] == path["step"].max()]
     end = {loss: over_seeds(last, ["task", "regime", "costs", "arm"], loss) for loss in PLANE}
     for loss, summary in end.items():
-        if contrasts is not None and (summary["n_seeds"] == 1).all():
+        if contrasts is not None and (summary["regime"] == "pair").all():
             keys = {key: summary[key].iat[0] for key in ("task", "regime", "costs", "arm")}
             match = where(contrasts, **keys, currency="log_score", loss=loss, reference="before")
             if len(match) == 1:
@@ -208,8 +202,11 @@ def _draw_path(
     )
 
 
-def _words(ax: Axes) -> None:
-    """Which way damage lies, in the corners that paths seldom reach."""
+def _background(ax: Axes) -> None:
+    """The margin, the origin, and which way damage lies, in corners that paths seldom reach."""
+    ax.axvspan(-MARGIN, MARGIN, color=style.PALE, lw=0, zorder=0)
+    ax.axhspan(-MARGIN, MARGIN, color=style.PALE, lw=0, zorder=0)
+    ax.plot(0, 0, "+", color="black", ms=7, mew=0.8, zorder=6)
     words = {"color": "#8A8A8A", "transform": ax.transAxes, "zorder": 1, "ha": "right"}
     ax.text(0.99, 0.99, "learning damaged ↑", va="top", **words)
     ax.text(0.99, 0.01, "choosing damaged →", va="bottom", **words)

@@ -119,7 +119,7 @@ def _limits(means: pd.DataFrame, total: pd.DataFrame) -> tuple[float, float]:
     ends = means.clip(lower=0).sum(axis=1)
     reach = np.fmax(ends, total.set_index(BAR)["high"].reindex(means.index))
     within = reach[ends <= 100]
-    high = 1.05 * reach.max() if len(within) == len(ends) else 1.5 * max(within, default=80)
+    high = 1.05 * reach.max() if len(within) == len(ends) else 1.3 * max(within, default=80)
     return min(1.2 * means.clip(upper=0).sum(axis=1).min(), -0.01 * high), high
 
 

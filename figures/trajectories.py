@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from figures import style
 from figures.axes import percent_axis, step_axis
 from figures.tables import (
@@ -73,7 +75,8 @@ def draw(source: str | Path | Tables) -> Figure:
 
 def _panel(ax: Axes, summary: pd.DataFrame, costs: str, looks: dict[str, style.ArmStyle]) -> None:
     """One loss at `costs`, on the scale of that loss at all costs."""
-    percent_axis(ax, "y", summary[["mean", "low", "high"]].to_numpy())
+    above = np.inf if (summary["loss"] == "learning").all() else 100
+    percent_axis(ax, "y", summary[["mean", "low", "high"]].to_numpy(), log_above=above)
     ax.axhline(0, color=style.GREY, lw=0.5, zorder=0)
     summary = where(summary, costs=costs)
     arms = arms_in(summary)

@@ -51,7 +51,9 @@ def measure_checkpoint(
     stream below any shift and are stated for the first arm only.
     """
     items = task.sample(n_items, seed=spec.seed, split="test")
-    streams = read_streams(model, items, task, batch_size=spec.batch_size)
+    streams = read_streams(
+        model, items, task, batch_size=spec.batch_size, max_layers=spec.max_layers
+    )
     # Beliefs about latents do not depend on any shift of the decision.
     beliefs = latent_beliefs(streams, items, task, spec=spec) if with_latents else None
     tables: dict[str, list[pd.DataFrame]] = {}

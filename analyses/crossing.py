@@ -15,7 +15,7 @@ from torch import Tensor
 
 from analyses.ladder import CURRENCIES
 from analyses.pair import Pair, run_script
-from analyses.streams import action_shift, check_fits, read_streams
+from analyses.streams import action_shift, check_fits, layers_to_read, read_streams
 from mechinterp import decisions
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.crossing import cross, shapley_shares
@@ -47,12 +47,13 @@ def measure_crossing(
     items = task.sample(spec.crossing_items, seed=spec.seed, split="test")
     folds = grouped_folds(items.groups, items.labels, n_folds=spec.ladder_folds, seed=spec.seed)
     models = {"a": before, "b": after}
+    cuts = layers_to_read(before.n_layers, spec.max_layers)
     crossings = {
         front + back: cross(
             models[front],
             models[back],
             items.tokens,
-            0 if front == back else None,
+            0 if front == back else cuts,
             task.actions,
         )
         for front in models
@@ -70,12 +71,13 @@ def measure_crossing(
             hybrid: str, cut: int, weights: Tensor = weights, utility: decisions.Utility = utility
         ) -> dict[tuple[str, str], float]:
             crossing = crossings[hybrid]
-            raw = crossing.action_logits[cut].double().cpu() + shifts[hybrid[1]]
-            final = crossing.final[cut].float().cpu()
+            at = crossing.cuts.index(cut)
+            raw = crossing.action_logits[at].double().cpu() + shifts[hybrid[1]]
+            final = crossing.final[at].float().cpu()
             return _values(raw, final, weights, folds, target, utility)
 
         own = {"aa": value("aa", 0), "bb": value("bb", 0)}  # the same at every cut
-        for cut in range(before.n_layers + 1):
+        for cut in cuts:
             values = {**own, "ab": value("ab", cut), "ba": value("ba", cut)}
             for currency in CURRENCIES:
                 for readout in READOUTS:
@@ -106,21 +108,25 @@ def find_verdict_cut(before: HookedModel, task: Task, *, spec: AnalysisSpec) -> 
     layer says anything about the label: such a network has no decision to cut in two.
     """
     items = task.sample(spec.crossing_items, seed=spec.seed, split="validation")
-    streams = read_streams(before, items, task, batch_size=spec.batch_size)
+    streams = read_streams(
+        before, items, task, batch_size=spec.batch_size, max_layers=spec.max_layers
+    )
     folds = grouped_folds(items.groups, items.labels, n_folds=spec.ladder_folds, seed=spec.seed)
     symmetric = decisions.diagonal_utility([1.0] * len(task.actions))
     weights = decisions.action_weights(items.labels, symmetric)
     target = items.labels if items.posterior is None else items.posterior
     constant = decisions.best_constant(target, symmetric).value.log_score
     nothing = torch.zeros(len(items), len(task.actions))
-    gains = []
-    for layer in range(1, before.n_layers + 1):
-        readouts = fit_readouts(nothing, {layer: streams.normed[layer]}, weights, folds)
-        score = decisions.value(readouts.logits["head"], target, symmetric).log_score
-        gains.append(score - constant)
-    if max(gains) <= 0:
+    gains = {}
+    for layer, normed in streams.normed.items():
+        if layer > 0:
+            readouts = fit_readouts(nothing, {layer: normed}, weights, folds)
+            score = decisions.value(readouts.logits["head"], target, symmetric).log_score
+            gains[layer] = score - constant
+    most = max(gains.values())
+    if most <= 0:
         return None
-    return 1 + next(i for i, gain in enumerate(gains) if gain >= DEPTH_SHARE * max(gains))
+    return next(layer for layer, gain in gains.items() if gain >= DEPTH_SHARE * most)
 
 
 def _values(

@@ -68,7 +68,11 @@ class Pair:
         """The arm's activations on all items; read once."""
         if arm not in self._streams:
             self._streams[arm] = read_streams(
-                self.models[arm], self.items, self.task, batch_size=self.spec.batch_size
+                self.models[arm],
+                self.items,
+                self.task,
+                batch_size=self.spec.batch_size,
+                max_layers=self.spec.max_layers,
             )
         return self._streams[arm]
 

@@ -45,7 +45,11 @@ def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
     }
     some = pair.items.select(slice(0, pair.spec.probe_items))
     random_streams = read_streams(
-        random_network(pair.models["before"], seed=pair.spec.seed), some, pair.task
+        random_network(pair.models["before"], seed=pair.spec.seed),
+        some,
+        pair.task,
+        batch_size=pair.spec.batch_size,
+        max_layers=pair.spec.max_layers,
     )
     floor = measure_probes(random_streams, some, pair.task, spec=pair.spec)
     floor = floor[floor["kind"] == "latent"].assign(kind="random_init")

@@ -21,9 +21,9 @@ from mechinterp.tasks.base import Items, Task
 class DecisionStreams:
     """At the decision position of each item: residuals by layer, and the action logits.
 
-    Layer 0 is the embedding, layer l the output of block l. `normed` holds the same streams after
-    the network's final norm. `action_logits` include the shift that the checkpoint's provenance
-    records, if any.
+    Layer 0 is the embedding, layer l the output of block l; the last is always there. `normed`
+    holds the same streams after the network's final norm. `action_logits` include the shift that
+    the checkpoint's provenance records, if any.
     """
 
     residual: Mapping[int, Float[Tensor, "items d_model"]]
@@ -38,18 +38,32 @@ class DecisionStreams:
         )
 
 
-def decision_sites(model: HookedModel) -> dict[int, Site]:
+def layers_to_read(n_layers: int, max_layers: int | None = None) -> tuple[int, ...]:
+    """0 and at most `max_layers` layers beyond it, evenly spaced up to and with the last."""
+    n_read = min(n_layers, max_layers or n_layers)
+    return tuple(round(n_layers * i / n_read) for i in range(n_read + 1))
+
+
+def decision_sites(model: HookedModel, *, max_layers: int | None = None) -> dict[int, Site]:
     """Layer -> the site whose activation is that layer's residual stream."""
-    later = {layer + 1: Site("resid_post", layer) for layer in range(model.n_layers)}
-    return {0: Site("resid_pre", 0), **later}
+    _, *later = layers_to_read(model.n_layers, max_layers)
+    return {0: Site("resid_pre", 0), **{layer: Site("resid_post", layer - 1) for layer in later}}
 
 
 def read_streams(
-    model: HookedModel, items: Items, task: Task, *, batch_size: int = 512
+    model: HookedModel,
+    items: Items,
+    task: Task,
+    *,
+    batch_size: int = 512,
+    max_layers: int | None = None,
 ) -> DecisionStreams:
-    """Run `items` through `model`. Raises TaskError if the task's tokens do not fit the model."""
+    """Run `items` through `model`, reading all layers or `max_layers` evenly spaced ones.
+
+    Raises TaskError if the task's tokens do not fit the model.
+    """
     check_fits(model, task)
-    sites = decision_sites(model)
+    sites = decision_sites(model, max_layers=max_layers)
     residual: dict[int, list[Tensor]] = {layer: [] for layer in sites}
     normed: dict[int, list[Tensor]] = {layer: [] for layer in sites}
     logits = []

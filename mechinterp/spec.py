@@ -51,6 +51,7 @@ class AnalysisSpec(StrictModel):
     """Sizes of the measurements. The same spec and checkpoints give the same numbers everywhere.
 
     The ladder is cross-fitted on `ladder_items`, and along trajectories on `trajectory_items`.
+    Networks deeper than `max_layers` are probed, read out and cut at as many evenly spaced layers.
     """
 
     ladder_items: int = Field(15_000, ge=60)
@@ -61,6 +62,7 @@ class AnalysisSpec(StrictModel):
     patch_pairs: int = Field(128, ge=2)
     crossing_items: int = Field(6_000, ge=60)
     calibration_bins: int = Field(10, ge=2)
+    max_layers: int = Field(12, ge=2)
     batch_size: int = Field(512, ge=1)
     seed: int = 0
 

@@ -16,7 +16,7 @@ from mechinterp.checkpoints.provenance import library_versions
 from mechinterp.decisions import diagonal_utility, ex_post_shift
 from mechinterp.spec import StudySpec, StudyTask, load_study
 from mechinterp.steps import Step, checkpoint_path
-from mechinterp.training.pool import run_jobs
+from mechinterp.training.pool import Job, run_jobs
 
 CONTROL = "symmetric"
 REORDERED = "symmetric_reordered"  # the control with another order of the data: the null
@@ -230,7 +230,15 @@ def run_study(
     seconds = _run(missing, plan, out, n_workers)
     digest = files.value_hash([step.key for step in plan.steps])
     if missing or not _is_assembled(out, digest):
-        _assemble(plan, out, digest=digest, preset=preset, command=command, seconds=seconds)
+        _assemble(
+            plan,
+            out,
+            digest=digest,
+            preset=preset,
+            n_workers=n_workers,
+            command=command,
+            seconds=seconds,
+        )
     return out / "report.html"
 
 
@@ -258,13 +266,20 @@ def _is_assembled(out: Path, digest: str) -> bool:
 
 
 def _assemble(
-    plan: Plan, out: Path, *, digest: str, preset: str | None, command: str, seconds: float
+    plan: Plan,
+    out: Path,
+    *,
+    digest: str,
+    preset: str | None,
+    n_workers: int,
+    command: str,
+    seconds: float,
 ) -> None:
     """Tables, figures, manifest and report from the steps' results.
 
     The manifest is written after tables and figures: its presence says that they are whole.
     """
-    from figures import draw_all
+    from figures import NAMES
     from mechinterp.assemble import study_tables
     from mechinterp.findings import summarise_study
     from mechinterp.report import write_report
@@ -277,7 +292,10 @@ def _assemble(
     for name, spec in plan.spec.tasks.items():
         _write_task_file(out / "tasks" / f"{name}.yaml", spec, plan.spec)
     _link_checkpoints(plan, out)
-    draw_all(out / "tables", out / "figures")
+    folders = {"tables_dir": str(out / "tables"), "out_dir": str(out / "figures")}
+    jobs = [Job(name, "figures.draw_all", {**folders, "names": [name]}) for name in NAMES]
+    for _ in run_jobs(jobs, n_workers=n_workers, label="figures"):
+        pass
     summary, not_powered = summarise_study(plan.spec, tables)
     files.write_json(out / "summary.json", summary)
     manifest = {

@@ -22,11 +22,13 @@ from analyses.streams import DecisionStreams
 from mechinterp import decisions
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Items, Task
+from probes import readout
 from probes.beliefs import LatentBeliefs
 from probes.folds import grouped_folds
 from probes.readout import BeliefLogits, ReadoutConfig, fit_readouts
 
 CURRENCIES = ("utility", "log_score")
+RUNGS = ("constant", *readout.RUNGS, "oracle")
 # loss -> (rung above, rung below): what moving up would add.
 LOSSES = {
     "threshold": ("bias", "raw"),
@@ -194,6 +196,44 @@ def losses_table(ladders: Mapping[str, Ladder]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def items_table(ladders: Mapping[str, Ladder], groups: Int[Tensor, " items"]) -> pd.DataFrame:
+    """costs, currency, item, group, oracle_known and every rung's value: what verdicts rest on."""
+    rows = [
+        pd.DataFrame(
+            {
+                "costs": ladder.costs,
+                "currency": currency,
+                "item": range(ladder.n_items),
+                "group": groups.numpy(),
+                "oracle_known": ladder.oracle_known,
+                **{rung: value.numpy() for rung, value in ladder.values[currency].items()},
+            }
+        )
+        for ladder in ladders.values()
+        for currency in CURRENCIES
+    ]
+    return pd.concat(rows, ignore_index=True)
+
+
+def read_ladders(table: pd.DataFrame) -> dict[str, dict[str, Ladder]]:
+    """arm -> costs -> ladder, from the rows of `items_table` with a column `arm`."""
+    ladders: dict[str, dict[str, Ladder]] = {}
+    for (arm, costs), rows in table.groupby(["arm", "costs"], sort=False):
+        values, scale = {}, {}
+        for currency, some in rows.groupby("currency", sort=False):
+            rungs = {
+                rung: torch.from_numpy(some[rung].to_numpy(copy=True))
+                for rung in RUNGS
+                if rung in some and some[rung].notna().all()
+            }
+            values[currency] = rungs
+            scale[currency] = float((rungs["oracle"] - rungs["constant"]).mean())
+        oracle_known = bool(rows["oracle_known"].all())
+        ladder = Ladder(str(costs), values, scale, oracle_known, {})
+        ladders.setdefault(str(arm), {})[str(costs)] = ladder
+    return ladders
+
+
 def pair_ladders(pair: Pair) -> dict[str, dict[str, Ladder]]:
     """Each arm's ladder at each of the pair's costs, on all items."""
     return {
@@ -209,13 +249,11 @@ def pair_ladders(pair: Pair) -> dict[str, dict[str, Ladder]]:
     }
 
 
-def pair_tables(
-    pair: Pair, ladders: Mapping[str, Mapping[str, Ladder]] | None = None
-) -> dict[str, pd.DataFrame]:
-    """Tables `ladder` and `losses`, and `ladder_half`: the rungs on half the items, which beside
-    the whole show what estimation costs.
+def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
+    """Tables `ladder`, `losses`, `ladder_items` (see `items_table`), and `ladder_half`: the rungs
+    on half the items, which beside the whole show what estimation costs.
     """
-    ladders = ladders or pair_ladders(pair)
+    ladders = pair_ladders(pair)
     half = slice(0, len(pair.items) // 2)
     halves = {
         arm: measure_ladder(
@@ -232,6 +270,9 @@ def pair_tables(
     losses["high"] = losses["value"] + 1.96 * losses["stderr"]
     return {
         "ladder": pair.join({arm: ladder_table(ladder) for arm, ladder in ladders.items()}),
+        "ladder_items": pair.join(
+            {arm: items_table(ladder, pair.items.groups) for arm, ladder in ladders.items()}
+        ),
         "ladder_half": pair.join({arm: ladder_table(ladder) for arm, ladder in halves.items()}),
         "losses": losses,
     }

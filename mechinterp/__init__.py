@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mechinterp import tasks
     from mechinterp.checkpoints import CheckpointPair, open_checkpoint
     from mechinterp.hooked import HookedModel, load
 

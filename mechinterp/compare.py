@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ import pandas as pd
 from mechinterp import files
 from mechinterp.checkpoints.provenance import library_versions
 from mechinterp.spec import TaskSpec
+from mechinterp.steps import Step, remove_remains, write_step
 from mechinterp.verdict import MARGIN, SIDES, Side, Verdict, judge_side, minimum_detectable, word
 
 if TYPE_CHECKING:
     from analyses.ladder import Ladder
     from analyses.pair import Pair
 
+ANALYSES = ("ladder", "calibration", "probes", "patching", "cross_checkpoint", "crossing")
 COMPONENTS = ("threshold", "readout", "discarded", "not_encoded", "not_combined")
 EVIDENCE = {
     "ladder": "tables/losses.parquet, figures/ladder",
@@ -45,22 +48,24 @@ def compare(
     """Compare two checkpoints on `task`; leaves tables, figures, verdict.json and report.html in
     `out`.
 
-    With `control`, the verdict is on after against control, not on after against before.
+    With `control`, the verdict is on after against control, not on after against before. An
+    analysis that an interrupted run has finished is not repeated.
     """
-    from analyses import calibration, cross_checkpoint, crossing, ladder, patching, probes
+    from analyses.ladder import read_ladders
     from analyses.pair import Pair
     from figures import draw_all
     from mechinterp.report import write_report
 
-    begun, out = time.monotonic(), Path(out)
+    out = Path(out)
     pair = Pair.open(before, after, control=control, task=task, **load_options)
+    remove_remains(out)
     tables: dict[str, pd.DataFrame] = {}
-    _say("ladder")
-    ladders = ladder.pair_ladders(pair)
-    tables |= ladder.pair_tables(pair, ladders)
-    for analysis in (calibration, probes, patching, cross_checkpoint, crossing):
-        _say(analysis.__name__.removeprefix("analyses.").replace("_", "-"))
-        tables |= analysis.pair_tables(pair)
+    seconds: dict[str, float] = {}
+    for name in ANALYSES:
+        step = _analyse(name, pair, task, load_options, out)
+        tables |= step.tables(out)
+        seconds[name] = step.record(out)["seconds"]
+    ladders = read_ladders(tables["ladder_items"])
     verdict = judge(pair, ladders, margin=margin)
     tables["contrasts"] = _contrasts(pair, ladders, margin)
     for name, table in sorted(tables.items()):
@@ -79,7 +84,7 @@ def compare(
         },
         "versions": {**library_versions(), "python": platform.python_version()},
         "machine": {"platform": platform.platform(), "processor": platform.machine()},
-        "seconds": {"compare": round(time.monotonic() - begun, 1)},
+        "seconds": seconds,
         "not_powered": [
             "One pair: the intervals are over items and speak of these two networks. A claim about "
             "the objective that made them takes seeds."
@@ -88,6 +93,28 @@ def compare(
     files.write_json(out / "manifest.json", manifest)
     write_report(out, title=f"{pair.task.name}: what did training change?")
     return verdict
+
+
+def _analyse(
+    name: str, pair: Pair, task: TaskSpec, load_options: Mapping[str, Any], out: Path
+) -> Step:
+    """Have `analyses.<name>` done for the pair."""
+    inputs = {
+        "analysis": name,
+        "task": task.model_dump(mode="json"),
+        "checkpoints": {
+            arm: [model.checkpoint and model.checkpoint.behaviour_hash, pair.labels(arm)]
+            for arm, model in pair.models.items()
+        },
+        "load_options": dict(load_options),
+    }
+    step = Step("compare", inputs, {})
+    if not step.is_done(out):
+        _say(name.replace("_", "-"))
+        begun = time.monotonic()
+        tables = import_module(f"analyses.{name}").pair_tables(pair)
+        write_step(step.directory(out), tables, inputs, begun)
+    return step
 
 
 def judge(

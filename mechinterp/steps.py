@@ -7,6 +7,7 @@ again, and a study that was killed goes on where it stopped.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from mechinterp.tasks.base import Task
 
 # Raise a number when the step's results change for the same inputs.
-VERSIONS = {"train": 1, "checkpoint": 2, "recovery": 1, "pair": 1, "competence": 1}
+VERSIONS = {"train": 1, "checkpoint": 2, "recovery": 1, "pair": 1, "competence": 1, "compare": 1}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def run_checkpoint(directory: str, after: list[str], inputs: dict[str, Any]) -> 
         with_latents=inputs["with_latents"],
         with_probes=inputs["with_probes"],
     )
-    _write(directory, measures.tables, inputs, begun)
+    write_step(directory, measures.tables, inputs, begun)
 
 
 def run_recovery(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
@@ -143,7 +144,7 @@ def run_recovery(directory: str, after: list[str], inputs: dict[str, Any]) -> No
     begun = time.monotonic()
     task, spec = _task_and_spec(inputs)
     model = load(checkpoint_path(after[0], inputs["step"]))
-    _write(directory, {"patching": measure_recovery(model, task, spec=spec)}, inputs, begun)
+    write_step(directory, {"patching": measure_recovery(model, task, spec=spec)}, inputs, begun)
 
 
 def run_pair(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
@@ -165,7 +166,7 @@ def run_pair(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
     tables = {"crossing": crossing}
     if inputs["with_patches"]:
         tables["cross_checkpoint"] = measure_cross_checkpoint(before, after_model, task, spec=spec)
-    _write(directory, tables, inputs, begun)
+    write_step(directory, tables, inputs, begun)
 
 
 def run_competence(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
@@ -177,7 +178,7 @@ def run_competence(directory: str, after: list[str], inputs: dict[str, Any]) -> 
     task, spec = _task_and_spec(inputs)
     model = load(checkpoint_path(after[0], inputs["step"]))
     table = measure_competence(model, task, spec=spec, threshold=inputs["threshold"])
-    _write(directory, {"competence": table}, inputs, begun)
+    write_step(directory, {"competence": table}, inputs, begun)
 
 
 def _task_and_spec(inputs: dict[str, Any]) -> tuple[Task, AnalysisSpec]:
@@ -188,8 +189,14 @@ def _task_and_spec(inputs: dict[str, Any]) -> tuple[Task, AnalysisSpec]:
     return task, AnalysisSpec(**inputs.get("analysis", {}))
 
 
-def _write(
-    directory: str, tables: Mapping[str, pd.DataFrame], inputs: dict[str, Any], begun: float
+def remove_remains(out: Path) -> None:
+    """What a run that was killed left half-written."""
+    for remains in (out / "steps").glob("*/.*.tmp-*"):
+        shutil.rmtree(remains)
+
+
+def write_step(
+    directory: str | Path, tables: Mapping[str, pd.DataFrame], inputs: dict[str, Any], begun: float
 ) -> None:
     with atomic_directory(directory) as temporary:
         for name, table in tables.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from mechinterp import files
 from mechinterp.checkpoints.provenance import library_versions
 from mechinterp.decisions import diagonal_utility, ex_post_shift
 from mechinterp.spec import StudySpec, StudyTask, load_study
-from mechinterp.steps import Step, checkpoint_path
+from mechinterp.steps import Step, checkpoint_path, remove_remains
 from mechinterp.training.pool import Job, run_jobs
 
 CONTROL = "symmetric"
@@ -244,8 +243,7 @@ def run_study(
 
 def _run(missing: list[Step], plan: Plan, out: Path, n_workers: int) -> float:
     begun = time.monotonic()
-    for remains in (out / "steps").glob("*/.*.tmp-*"):  # of a run that was killed
-        shutil.rmtree(remains)
+    remove_remains(out)
     if missing:
         done = len(plan.steps) - len(missing)
         print(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,9 @@ import torch
 from mechinterp import smollm2
 from mechinterp.checkpoints import open_checkpoint
 from mechinterp.errors import CheckpointError
+from mechinterp.spec import load_task
+
+SMALLER = {"ladder_items": 144, "max_layers": 3}
 
 
 def is_installed() -> bool:
@@ -136,3 +142,23 @@ def test_fetched_once_and_named(checkpoint, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(CheckpointError, match="exists and is not a checkpoint"):
         smollm2.fetch_smollm2(tmp_path)
+
+
+@pytest.mark.slow
+@needs_package
+def test_shifted_action_logits_are_named_choosing(checkpoint, tmp_path):
+    """The example of the README, on fewer items and layers."""
+    from analyses.ladder import pair_ladders
+    from analyses.pair import Pair
+    from mechinterp.compare import judge
+
+    root = Path(__file__).parents[1]
+    shift = [sys.executable, root / "docs/examples/shift_smollm2.py", checkpoint.path]
+    subprocess.run([*shift, tmp_path / "shifted"], check=True, cwd=root)
+    task = load_task(root / "docs/examples/sentiment.yaml")
+    task = task.model_copy(update={"analysis": task.analysis.model_copy(update=SMALLER)})
+    pair = Pair.open(checkpoint.path, tmp_path / "shifted", task=task)
+    verdict = judge(pair, pair_ladders(pair))
+    assert verdict.verdict == "choosing"
+    assert verdict.learning.state == "intact"
+    assert verdict.components["threshold"].state == "damaged"

@@ -31,6 +31,7 @@ class Layout:
     qkv: tuple[str, str, str] | str = ("q_proj", "k_proj", "v_proj")  # one name: fused
     qkv_by_head: bool = False  # fused as (head, q|k|v) rather than (q|k|v, head)
     attention_projection: str = "o_proj"
+    attention_norm: str | None = "input_layernorm"
     mlp: str = "mlp"
     mlp_projection: str = "down_proj"
     mlp_norm: str | None = "post_attention_layernorm"
@@ -53,6 +54,7 @@ LAYOUTS = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "olmo2": Layout(
+        attention_norm=None,
         mlp_norm=None,
         attention_post_norm="post_attention_layernorm",
         mlp_post_norm="post_feedforward_layernorm",
@@ -65,6 +67,7 @@ LAYOUTS = {
         attention="attn",
         qkv="c_attn",
         attention_projection="c_proj",
+        attention_norm="ln_1",
         mlp_projection="c_proj",
         mlp_norm="ln_2",
     ),
@@ -151,6 +154,7 @@ class Block:
     attention: nn.Module
     qkv: tuple[nn.Module, ...]  # three projections, or one fused
     output_projection: nn.Module
+    attention_norm: nn.Module | None
     mlp: nn.Module
     mlp_projection: nn.Module
     mlp_norm: nn.Module | None
@@ -294,6 +298,7 @@ class Architecture:
             attention=attention,
             qkv=tuple(getattr(attention, name) for name in names),
             output_projection=getattr(attention, layout.attention_projection),
+            attention_norm=optional(layout.attention_norm),
             mlp=mlp,
             mlp_projection=attrgetter(layout.mlp_projection)(mlp),
             mlp_norm=optional(layout.mlp_norm),

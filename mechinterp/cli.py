@@ -58,6 +58,10 @@ def compare(
     task: Task,
     out: Out,
     control: Control = None,
+    costs: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Which of the task's costs the verdict is stated at."),
+    ] = None,
     margin: Annotated[
         float, typer.Option(help="Share of (oracle - constant) below which nothing is damage.")
     ] = 0.05,
@@ -78,6 +82,7 @@ def compare(
         task=load_task(task),
         out=out,
         control=control,
+        costs=costs,
         margin=margin,
         command=_command(),
         attn_implementation=attention,

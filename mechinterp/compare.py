@@ -14,6 +14,7 @@ import pandas as pd
 
 from mechinterp import files
 from mechinterp.checkpoints.provenance import library_versions
+from mechinterp.errors import SpecError
 from mechinterp.spec import TaskSpec
 from mechinterp.steps import Step, remove_remains, write_step
 from mechinterp.verdict import MARGIN, SIDES, Side, Verdict, judge_side, minimum_detectable, word
@@ -41,6 +42,7 @@ def compare(
     task: TaskSpec,
     out: str | Path,
     control: str | Path | None = None,
+    costs: str | None = None,
     margin: float = MARGIN,
     command: str = "",
     **load_options: Any,
@@ -48,8 +50,9 @@ def compare(
     """Compare two checkpoints on `task`; leaves tables, figures, verdict.json and report.html in
     `out`.
 
-    With `control`, the verdict is on after against control, not on after against before. An
-    analysis that an interrupted run has finished is not repeated.
+    With `control`, the verdict is on after against control, not on after against before. `costs`
+    names the costs that it is stated at; the tables have all. An analysis that an interrupted run
+    has finished is not repeated. Raises SpecError where the task has no such costs.
     """
     from analyses.ladder import read_ladders
     from analyses.pair import Pair
@@ -58,6 +61,9 @@ def compare(
 
     out = Path(out)
     pair = Pair.open(before, after, control=control, task=task, **load_options)
+    if costs is not None and costs not in pair.costs:
+        known = ", ".join(pair.costs)
+        raise SpecError(f"--costs {costs}: the task has no such costs; it has: {known}")
     remove_remains(out)
     tables: dict[str, pd.DataFrame] = {}
     seconds: dict[str, float] = {}
@@ -66,7 +72,7 @@ def compare(
         tables |= step.tables(out)
         seconds[name] = step.record(out)["seconds"]
     ladders = read_ladders(tables["ladder_items"])
-    verdict = judge(pair, ladders, margin=margin)
+    verdict = judge(pair, ladders, costs=costs, margin=margin)
     tables["contrasts"] = _contrasts(pair, ladders, margin)
     for name, table in sorted(tables.items()):
         files.write_table(out / "tables" / f"{name}.parquet", table)
@@ -118,10 +124,17 @@ def _analyse(
 
 
 def judge(
-    pair: Pair, ladders: Mapping[str, Mapping[str, Ladder]], *, margin: float = MARGIN
+    pair: Pair,
+    ladders: Mapping[str, Mapping[str, Ladder]],
+    *,
+    costs: str | None = None,
+    margin: float = MARGIN,
 ) -> Verdict:
-    """The verdict of `mechinterp.verdict` on a pair's ladders, in log score at the task's costs."""
-    costs = "task" if "task" in pair.costs else "symmetric"
+    """The verdict of `mechinterp.verdict` on a pair's ladders, in log score at `costs`.
+
+    They default to the task's own utility where it has one, else to symmetric costs.
+    """
+    costs = costs or ("task" if "task" in pair.costs else "symmetric")
     reference = "control" if "control" in ladders else "before"
     sides = {
         loss: side

@@ -142,6 +142,18 @@ def test_compare_leaves_verdict_tables_figures_and_report(capsys, pair, tmp_path
     assert (out / "figures" / "crossing_triage.svg").is_file()
 
 
+def test_the_verdict_is_stated_at_the_costs_asked_for(capsys, pair, tmp_path):
+    task = yaml.safe_load((pair / "task.yaml").read_text()) | {"costs": {"w1.8": [0.2, 1.8]}}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    arguments = ("compare", pair / "before", pair / "after", "--task", tmp_path / "task.yaml")
+    status, _, err = run(capsys, *arguments, "--costs", "w2", "--out", tmp_path / "out")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "it has: symmetric, w1.8" in err
+    assert not (tmp_path / "out").exists()
+    run(capsys, *arguments, "--costs", "w1.8", "--out", tmp_path / "out")
+    assert read_json(tmp_path / "out" / "verdict.json")["costs"] == "w1.8"
+
+
 def test_compare_goes_on_where_it_was_stopped(capsys, pair, tmp_path, monkeypatch):
     from analyses import crossing, ladder
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mechinterp.contexts import Context, KeyValues, record_context
 from mechinterp.errors import ModelError, SiteError
@@ -189,6 +190,26 @@ class Block:
         out = self.mlp(resid if self.mlp_norm is None else self.mlp_norm(resid))
         return out if self.mlp_post_norm is None else self.mlp_post_norm(out)
 
+    def qkv_weight(
+        self, part: str
+    ) -> tuple[Float[Tensor, "d_model heads d_head"], Float[Tensor, "heads d_head"] | None]:
+        """Views of the weight and bias of the projection `part` ("q", "k" or "v"), by head.
+
+        Raises:
+            ModelError: the projection is not one plain matrix (an adapter, a quantised layer).
+        """
+        location = self.location(Site(part, self.layer))
+        weight, bias = _matrix(location.module)
+        return location.view(weight), None if bias is None else location.view(bias)
+
+    def output_weight(self) -> Float[Tensor, "heads d_head d_model"]:
+        """A view of the output projection, by head; its bias, if any, belongs to no head.
+
+        Raises:
+            ModelError: as of `qkv_weight`.
+        """
+        return _matrix(self.output_projection)[0].unflatten(0, (-1, self.d_head))
+
     def location(self, site: Site) -> Location:
         """Where `site` lives.
 
@@ -241,6 +262,18 @@ class Block:
             return tensor if site.head is None else tensor[..., site.head, :]
 
         return view
+
+
+def _matrix(module: nn.Module) -> tuple[Float[Tensor, "inputs outputs"], Tensor | None]:
+    """Weight, as `x @ weight`, and bias of a projection."""
+    if isinstance(module, nn.Linear):
+        return module.weight.T, module.bias
+    if isinstance(module, Conv1D):
+        return module.weight, module.bias
+    raise ModelError(
+        f"{type(module).__name__}: expected a plain linear layer; merge adapters into the weights "
+        "and load the model unquantised"
+    )
 
 
 def _take(index: int, *, dim: int) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from analyses.streams import DecisionStreams, check_fits, read_streams, task_costs
 from mechinterp import decisions
@@ -67,14 +68,33 @@ class Pair:
     def streams(self, arm: str) -> DecisionStreams:
         """The arm's activations on all items; read once."""
         if arm not in self._streams:
-            self._streams[arm] = read_streams(
-                self.models[arm],
-                self.items,
-                self.task,
-                batch_size=self.spec.batch_size,
-                max_layers=self.spec.max_layers,
-            )
+            self._streams[arm] = self.read(self.models[arm], self.items)
         return self._streams[arm]
+
+    @cached_property
+    def probe_items(self) -> Items:
+        """What probes are fitted on: the first items of a study's trajectories, so that a
+        comparison repeats the study's numbers."""
+        spec = self.spec
+        items = self.task.sample(spec.trajectory_items, seed=spec.seed, split="test")
+        return items.select(slice(0, spec.probe_items))
+
+    def probe_streams(self, arm: str) -> DecisionStreams:
+        """The arm's activations on `probe_items`; those at hand where they are the same items."""
+        n = len(self.probe_items)
+        if torch.equal(self.items.tokens[:n], self.probe_items.tokens):
+            return self.streams(arm).select(slice(0, n))
+        return self.read(self.models[arm], self.probe_items)
+
+    def read(self, model: HookedModel, items: Items) -> DecisionStreams:
+        """A network's activations on `items`, as the spec asks for them."""
+        return read_streams(
+            model,
+            items,
+            self.task,
+            batch_size=self.spec.batch_size,
+            max_layers=self.spec.max_layers,
+        )
 
     def require(self, arm: str) -> HookedModel:
         """The arm's network; raises AnalysisError where it was not given."""

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from analyses.pair import Pair, run_script
-from analyses.streams import DecisionStreams, read_streams
+from analyses.streams import DecisionStreams
 from mechinterp.hooked import HookedModel
 from mechinterp.randomness import derive_seed
 from mechinterp.spec import AnalysisSpec
@@ -40,18 +40,11 @@ def measure_probes(
 def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
     """Table `probes` of every arm, with those of a network of random weights as the floor."""
     tables = {
-        arm: measure_probes(pair.streams(arm), pair.items, pair.task, spec=pair.spec)
+        arm: measure_probes(pair.probe_streams(arm), pair.probe_items, pair.task, spec=pair.spec)
         for arm in pair.models
     }
-    some = pair.items.select(slice(0, pair.spec.probe_items))
-    random_streams = read_streams(
-        random_network(pair.models["before"], seed=pair.spec.seed),
-        some,
-        pair.task,
-        batch_size=pair.spec.batch_size,
-        max_layers=pair.spec.max_layers,
-    )
-    floor = measure_probes(random_streams, some, pair.task, spec=pair.spec)
+    random = pair.read(random_network(pair.models["before"], seed=pair.spec.seed), pair.probe_items)
+    floor = measure_probes(random, pair.probe_items, pair.task, spec=pair.spec)
     floor = floor[floor["kind"] == "latent"].assign(kind="random_init")
     tables = {arm: pd.concat([table, floor]) for arm, table in tables.items()}
     return {"probes": pair.join(tables)}

@@ -78,8 +78,8 @@ def test_presets_share_what_is_equal(finished):
 
 
 def test_compare_reproduces_the_studys_numbers(finished, tmp_path):
-    """Ladder and crossing of a pair, from its checkpoints and the study's task file."""
-    from analyses import crossing, ladder
+    """Ladder, probes and crossing of a pair, from its checkpoints and the study's task file."""
+    from analyses import crossing, ladder, probes
     from analyses.pair import Pair
 
     _, out = finished
@@ -98,6 +98,19 @@ def test_compare_reproduces_the_studys_numbers(finished, tmp_path):
     keys = ["costs", "currency", "rung"]
     joined = theirs[theirs["step"] == 8].merge(ours[ours["arm"] == "after"], on=keys)
     assert len(joined) == len(theirs[theirs["step"] == 8])
+    np.testing.assert_allclose(joined["value_x"], joined["value_y"], rtol=1e-9)
+
+    ours = probes.pair_tables(pair)["probes"]
+    theirs = read_table(out / "tables" / "probes.parquet")
+    theirs = theirs[
+        (theirs["regime"] == "branched")
+        & (theirs["arm"] == "weighted_1.8")
+        & (theirs["seed"] == 1)
+        & (theirs["step"] == 8)
+        & (theirs["kind"] == "latent")
+    ]
+    joined = theirs.merge(ours[ours["arm"] == "after"], on=["layer", "latent", "kind", "measure"])
+    assert len(joined) == len(theirs) > 0
     np.testing.assert_allclose(joined["value_x"], joined["value_y"], rtol=1e-9)
 
     ours = crossing.pair_tables(pair)["crossing"]

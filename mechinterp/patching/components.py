@@ -12,6 +12,9 @@ Every weight belongs to exactly one component:
     other                anything else, by block or outside the blocks, so that nothing is left out
     final_norm, unembed
     embed+unembed        where both networks tie the two: one weight, one component
+
+Where queries or keys are normed over all heads together (OLMo 2), the weights of one head move the
+attention of the others too.
 """
 
 from __future__ import annotations

@@ -114,6 +114,27 @@ def test_mean_and_zero_ablation_equal_plain_hooks(family, ablation):
     assert_equal(actual, torch.stack(expected))
 
 
+def test_nodes_make_something_of_mean_inputs():
+    """A node whose inputs are all means does not give the mean of its outputs."""
+    model, (clean, corrupt) = shared_model("llama"), pairs()
+    graph = Graph.of(model)
+    kept = [("mlp.1", "logits"), ("head.0.1", "logits"), ("head.0.1", "mlp.2")]
+    circuit = torch.zeros_like(graph.mask)
+    for writer, reader in kept:
+        circuit[graph.writer_index(writer), graph.reader_index(reader)] = True
+    reference = {
+        name: value.mean(0, keepdim=True)
+        for name, value in writers_of(model.model, corrupt).items()
+    }
+    expected = score(oracle(model, clean, reference, circuit))
+    options = {"ablation": "mean"}
+    actual, empty = run_circuits(
+        model, clean, corrupt, [circuit, torch.zeros_like(circuit)], METRIC, **options
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL)
+    assert float((actual - empty).abs().max()) > 0.01
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_neox"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_prompts_equal_plain_hooks(family, side):

@@ -176,6 +176,7 @@ def test_every_edge_equals_autograd_through_plain_hooks(family):
     gradients = scores_by_hooks(hooked, pair)
     expected = torch.einsum("wipd,ripd->iwr", writer_steps(hooked, pair), gradients)
     mask = Graph.of(hooked).mask
+    assert found.position_scores is None
     assert_scores(found.item_scores, expected, mask)
     assert_scores(found.scores, expected.mean(0), mask)
 
@@ -223,14 +224,17 @@ def test_edges_equal_transformer_lens(family):
         layer = None if node.kind == "logits" else node.layer
         return Node(kinds[node.kind], layer, node.head)
 
-    expected = torch.zeros(graph.mask.shape)
+    expected = torch.zeros(*graph.mask.shape, N_POSITIONS)
     for (writer, reader), value in theirs.edge_scores.items():
         row, column = graph.writer_index(name(writer)), graph.reader_index(name(reader))
         assert graph.mask[row, column]
-        expected[row, column] += value  # over positions
+        expected[row, column, writer.position] = value
     assert len(theirs.edge_scores) == graph.n_edges * N_POSITIONS
-    found = attribute_edges(hooked, **pair, metric=METRIC)
-    assert_scores(found.scores, expected, graph.mask)
+    found = attribute_edges(hooked, **pair, metric=METRIC, by_position=True)
+    assert_scores(found.scores, expected.sum(-1), graph.mask)
+    parts = found.position_scores
+    torch.testing.assert_close(parts[graph.mask], expected[graph.mask], rtol=1e-3, atol=1e-4)
+    assert bool(parts[~graph.mask].isnan().all())
 
 
 class _Linear(nn.Module):

@@ -63,6 +63,7 @@ class EdgeAttribution:
         direction: "denoising" (edges of the clean run into the corrupt one) or "noising".
         scores: mean over items, in units of the metric; NaN where there is no edge.
         item_scores: the same per item, if asked for.
+        position_scores: what each position contributes to `scores`, if asked for.
         corrupt_metric, clean_metric: of the unpatched runs.
     """
 
@@ -72,6 +73,7 @@ class EdgeAttribution:
     direction: str
     scores: Float[Tensor, "writers readers"]
     item_scores: Float[Tensor, "items writers readers"] | None
+    position_scores: Float[Tensor, "writers readers positions"] | None
     corrupt_metric: Float[Tensor, " items"]
     clean_metric: Float[Tensor, " items"]
 
@@ -124,6 +126,7 @@ def attribute_edges(
     n_steps: int | None = None,
     direction: str = "denoising",
     per_item: bool = False,
+    by_position: bool = False,
     attention_mask: Int[Tensor, "items positions"] | None = None,
     decision: int | Int[Tensor, " items"] = -1,
     memory_mb: float = 512,
@@ -137,6 +140,7 @@ def attribute_edges(
         n_steps: Gauss-Legendre points of the integral (5).
         direction: "denoising" patches clean edges into the corrupt run, "noising" the reverse.
         per_item: keep [items, writers, readers].
+        by_position: keep [writers, readers, positions].
         attention_mask: 1 for real tokens; the same for both runs.
         decision: the position whose logits the metric reads, for all items or per item.
         memory_mb: bound on the memory of one batch, approximately.
@@ -159,27 +163,29 @@ def attribute_edges(
         decision=decision,
     )
     size, rows = _sizes(model, corrupt.shape[1], memory_mb)
-    task = _Task(model, Graph.of(model), path_points(n_steps), rows)
+    task = _Task(model, Graph.of(model), path_points(n_steps), rows, by_position)
     run = task.by_activations if method == "EAP-IG-activations" else task.by_inputs
     kept: list[Tensor] = []
 
     def batch(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        scores, base, source = run(pairs.select(part))
+        scores, base, source = run(pairs.select(part))  # positions last: all, or their sum
         if per_item:
-            kept.append(scores)
+            kept.append(scores.sum(-1))
         return scores.sum(0), base, source
 
     totals, *metrics = zip(*in_batches(method, len(pairs), size, batch), strict=True)
     base_metric, source_metric = (torch.cat(values) for values in metrics)
     absent = ~task.graph.mask.to(model.device)
     scores = torch.stack(totals).sum(0) / len(pairs)
+    parts = scores.masked_fill(absent[..., None], torch.nan) if by_position else None
     return EdgeAttribution(
         graph=task.graph,
         method=method,
         n_steps=n_steps,
         direction=direction,
-        scores=scores.masked_fill(absent, torch.nan),
+        scores=scores.sum(-1).masked_fill(absent, torch.nan),
         item_scores=torch.cat(kept).masked_fill(absent, torch.nan) if per_item else None,
+        position_scores=parts,
         corrupt_metric=base_metric if direction == "denoising" else source_metric,
         clean_metric=source_metric if direction == "denoising" else base_metric,
     )
@@ -193,9 +199,10 @@ class _Task:
     graph: Graph
     points: Points
     rows: int
+    by_position: bool
 
     def by_inputs(self, pairs: PromptPairs) -> tuple[Tensor, Tensor, Tensor]:
-        """EAP, and EAP-IG along the way of the embeddings. [items, writers, readers], metrics."""
+        """EAP, and EAP-IG along the way of the embeddings: scores as of `_empty`, metrics."""
         model, last = self.model, Site("resid_post", self.model.n_layers - 1)
         writing, reading = self._writer_sites(), _reader_sites(model, 0)
         given = model.capture(pairs.source, [*writing, last], attention_mask=pairs.attention_mask)
@@ -266,7 +273,7 @@ class _Task:
 
     def _add(
         self,
-        scores: Float[Tensor, "items writers readers"],
+        scores: Float[Tensor, "items writers readers sums"],
         differences: Float[Tensor, "items writers positions d_model"],
         run: LiveRun,
         found: Gradients,
@@ -281,7 +288,11 @@ class _Task:
 
         def add(rows: slice, columns: slice, readers: Float[Tensor, "rows readers p d"]) -> None:
             gradient = readers if points == AT_BASE else mean_over_path(readers, points)
-            product = differences[:, rows].flatten(2) @ gradient.flatten(2).mT
+            mine = differences[:, rows]
+            if self.by_position:
+                product = einsum(mine, gradient, "i w p d, i r p d -> i w r p")
+            else:
+                product = (mine.flatten(2) @ gradient.flatten(2).mT)[..., None]
             scores[:, rows, columns] += product
 
         for layer in found.mlp_inputs:
@@ -315,8 +326,11 @@ class _Task:
         attention = model.sites("head" if self.graph.heads_write else "attn_out")
         return [Site("resid_pre", 0), *attention, *model.sites("mlp_out")]
 
-    def _empty(self, differences: Tensor) -> Float[Tensor, "items writers readers"]:
-        return differences.new_zeros(*differences.shape[:2], len(self.graph.readers))
+    def _empty(self, differences: Tensor) -> Float[Tensor, "items writers readers sums"]:
+        """Nothing yet: [items, writers, readers, positions], or 1 for their sum."""
+        n_items, n_writers, n_positions, _ = differences.shape
+        n_sums = n_positions if self.by_position else 1
+        return differences.new_zeros(n_items, n_writers, len(self.graph.readers), n_sums)
 
     def _steps(self, n_items: int) -> Sequence[Points]:
         size = max(1, self.rows // n_items)

@@ -264,6 +264,15 @@ def test_stored_activations_patch_like_those_in_memory(tmp_path):
     torch.testing.assert_close(found[-1, -1], METRIC(last, torch.arange(7)), rtol=0, atol=1e-5)
 
 
+def test_means_of_half_precision_are_summed_in_double():
+    model = HookedModel(tiny_model("llama", dtype="bfloat16"))
+    found = mean_activations(model, TOKENS, "resid_post", over="all", batch_size=7)
+    expected = capture_grain(model, TOKENS, "resid_post")
+    assert found.means is not None
+    for mean, x in zip(found.means, expected, strict=True):
+        torch.testing.assert_close(mean[0], x.double().mean((0, 1)), rtol=0, atol=1e-12)
+
+
 def test_half_precision_and_the_lifetime_of_the_file(tmp_path, monkeypatch):
     model = HookedModel(tiny_model("llama", dtype="bfloat16"))
     path = tmp_path / "a"

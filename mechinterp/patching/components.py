@@ -149,8 +149,9 @@ def check_graftable(donor: HookedModel, target: HookedModel) -> None:
                 f"graft: {name} is {_describe(here)} in one network and {_describe(there)} in the "
                 "other; graft between checkpoints of one shape and dtype"
             )
+    constants = dict(donor.model.named_buffers())
     for name, buffer in target.model.named_buffers():
-        given = dict(donor.model.named_buffers()).get(name)
+        given = constants.get(name)
         if given is None or not torch.equal(given.to(buffer.device), buffer):
             raise AnalysisError(f"graft: the networks' constants {name} differ, beside the weights")
     configs = [essential_config(m.model.config) for m in (donor, target)]

@@ -221,13 +221,14 @@ def sign_flips(
         largest = np.zeros(len(signs))
         for start in range(0, len(tested), size):
             chunk = slice(start, start + size)
-            flipped = np.abs(signs @ x[:, chunk])
-            hits[chunk] += (flipped >= threshold[chunk]).sum(0)
+            flipped = signs @ x[:, chunk]
+            np.abs(flipped, out=flipped)
+            hits[chunk] += np.count_nonzero(flipped >= threshold[chunk], axis=0)
             # Step-down: a cell competes with the cells that are no stronger than it.
             np.maximum(flipped[:, 0], largest, out=flipped[:, 0])
             np.maximum.accumulate(flipped, axis=1, out=flipped)
             largest = flipped[:, -1].copy()
-            hits_of_map[chunk] += (flipped >= threshold[chunk]).sum(0)
+            hits_of_map[chunk] += np.count_nonzero(flipped >= threshold[chunk], axis=0)
         n_done += len(signs)
     absent = np.broadcast_to(~units.present.any(0), units.mean.shape)
     p = np.where(absent, np.nan, 1.0)

@@ -23,6 +23,7 @@ from tiny_models import (
 )
 from torch import nn
 
+from analyses.crossing import _values
 from mechinterp import decisions
 from mechinterp.contexts import padding_arguments
 from mechinterp.errors import AnalysisError, ModelError
@@ -36,7 +37,7 @@ from mechinterp.patching.components import (
     n_weights,
 )
 from mechinterp.patching.crossing import shapley_shares
-from mechinterp.patching.graft import component_shares, graft_components
+from mechinterp.patching.graft import component_shares, cross_fitted, graft_components
 from mechinterp.patching.inference import infer_map
 
 ACTIONS = (3, 11)
@@ -469,6 +470,35 @@ def test_refits_are_given_the_grafted_network():
     row = found.table.query("readout == 'flipped' and layer == 1 and currency == 'log_score'")
     expected = plain_values(-plain_logits(copied))["symmetric", "log_score"].mean()
     assert row["u_graft"].item() == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_bias_and_head_refits_are_the_crossings():
+    """`analyses.crossing` reads its hybrids the same way."""
+    before, after = model("llama"), model("llama", 1)
+    tokens = random_tokens(60, 7, seed=5)
+    labels = torch.arange(60) % 2
+    folds = torch.arange(60) // 2 % 3
+    found = graft_components(
+        before,
+        after,
+        tokens,
+        labels,
+        actions=ACTIONS,
+        costs=COSTS,
+        kinds=["unembed"],
+        directions=["before_into_after"],
+        refit=cross_fitted(labels, folds),
+    ).table.set_index(["costs", "currency", "readout"])
+    last = after.capture(tokens, "resid_post.2", positions=-1)["resid_post.2"]
+    with torch.no_grad():
+        final = after.final_norm(last)
+        logits = before.unembed(final, torch.tensor(ACTIONS)).double()
+    for cost, utility in COSTS.items():
+        weights = decisions.action_weights(labels, utility)
+        expected = _values(logits, final, weights, folds, labels, utility)
+        for (currency, readout), value in expected.items():
+            row = found.loc[(cost, currency, readout)]
+            assert row["u_graft"] == pytest.approx(value, abs=1e-4)
 
 
 def test_what_does_not_differ_changes_nothing_and_is_not_run(monkeypatch):

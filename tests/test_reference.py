@@ -52,6 +52,10 @@ def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, mask
 
 
+def mean_patterns(model: HookedModel) -> list[torch.Tensor]:
+    return mean_activations(model, TOKENS, "pattern", batch_size=3).activations((4, 5))
+
+
 # ---- means ---------------------------------------------------------------------------------------
 
 
@@ -113,6 +117,7 @@ def test_means_grow_with_the_reference():
     first = alone("resid_post", 0)[0][0]
     new = by_role.activations((1, 1), roles=[["y"]])[0][0, 0]
     torch.testing.assert_close(new, first, rtol=0, atol=1e-6)
+    patterns = ReferenceMean(model, "pattern").update(TOKENS)
     with pytest.raises(AnalysisError, match="longest prompt has 5"):
         mean.activations((1, 6))
     with pytest.raises(AnalysisError, match="no 'z', only x, y"):
@@ -120,7 +125,10 @@ def test_means_grow_with_the_reference():
     for bad, match in (
         (lambda: ReferenceMean(model, "head").activations((1, 2)), "no batch"),
         (lambda: ReferenceMean(model, "head", over="roles"), "over"),
-        (lambda: ReferenceMean(model, "pattern"), "pattern"),
+        (lambda: ReferenceMean(model, "pattern", over="all"), "pattern"),
+        (lambda: patterns.update(TOKENS[:, :3]), "one length"),
+        (lambda: patterns.activations((2, 3)), "one length"),
+        (lambda: patterns.update(TOKENS, attention_mask=padded("left")[1]), "without padding"),
         (lambda: mean.update(TOKENS, roles=ROLES), "only then"),
         (lambda: by_role.update(TOKENS), "roles"),
         (lambda: by_role.update(TOKENS, roles=ROLES[:2]), "one per token"),
@@ -137,10 +145,12 @@ def test_shapes_are_those_captured(family):
         expected = [x.shape for x in capture_grain(model, TOKENS, grain)]
         assert [x.shape for x in zero_activations(model, (7, 5), grain)] == expected
         assert not any(x.any() for x in zero_activations(model, (7, 5), grain))
+        mean = mean_activations(model, TOKENS, grain).activations((7, 5))
+        assert [x.shape for x in mean] == expected
         if grain != "pattern":
             assert site_shape(model, grain, 5) == expected[0][2:]
-            mean = mean_activations(model, TOKENS, grain).activations((7, 5))
-            assert [x.shape for x in mean] == expected
+    for new, x in zip(mean_patterns(model), capture_grain(model, TOKENS, "pattern"), strict=True):
+        torch.testing.assert_close(new[3], x.double().mean(0).float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("what", ["mean", "zero", "resampled"])

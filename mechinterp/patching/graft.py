@@ -113,7 +113,8 @@ def graft_components(
         directions: "before_into_after" grafts weights of before into after.
         action_shifts: what each network's action logits are shifted by (before's, after's), as its
             provenance records; a graft keeps its target's.
-        refit: other readouts of the same network, by name, beside "raw": bias-refit, head-refit.
+        refit: readouts of the grafted network by name, beside "raw", such as `cross_fitted`; it is
+            called for every component and costs, which can take longer than the runs.
         per_item: keep every item's change.
         batch_size: rows that go through the network at a time; few items are packed, several
             components to a batch.
@@ -135,6 +136,7 @@ def graft_components(
     shifts: dict[str, Tensor | None] = {"before": action_shifts[0], "after": action_shifts[1]}
     models = {"before": before, "after": after}
     token_ids = torch.as_tensor(actions, dtype=torch.long)
+    labels = labels.cpu()
 
     def values(name: str, final: Tensor, logits: Tensor) -> dict[tuple[str, str, str], Tensor]:
         logits, shift = logits.double().cpu(), shifts[name]
@@ -183,6 +185,22 @@ def graft_components(
                 changes[direction, *key] = torch.stack(per_component, dim=1)
     table = pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64"})
     return Grafts(components, table, changes)
+
+
+def cross_fitted(labels: Int[Tensor, " items"], folds: Int[Tensor, " items"]) -> Refit:
+    """The bias-refit and head-refit readouts of the crossing, "bias" and "head", for `refit`.
+
+    Args:
+        folds: the fold of each item (see `probes.folds`), which is read by what never saw it.
+    """
+    from probes.readout import fit_readouts
+
+    def refit(logits: Logits, final: Tensor, utility: decisions.Utility) -> dict[str, Logits]:
+        weights = decisions.action_weights(labels, utility)
+        fitted = fit_readouts(logits, {1: final}, weights, folds)
+        return {name: fitted.logits[name] for name in ("bias", "head")}
+
+    return refit
 
 
 def component_shares(

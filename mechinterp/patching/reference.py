@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -30,7 +31,8 @@ class ReferenceMean:
 
     Padding does not count. `over` says what is averaged together: "position" (each place in the
     prompt has its mean; of padded prompts, counted from their first real token), "all" (all
-    positions have one mean) or "role" (positions that are called the same have one).
+    positions have one mean) or "role" (positions that are called the same have one). Patterns have
+    means of prompts of one length, without padding.
 
     Attributes:
         means: one [kinds *site] tensor per layer; None before the first batch.
@@ -40,11 +42,8 @@ class ReferenceMean:
     def __init__(self, model: HookedModel, grain: str, *, over: str = "position") -> None:
         if over not in OVER:
             raise AnalysisError(f"over: expected one of {', '.join(OVER)}, got {over!r}")
-        if grain == "pattern":
-            raise AnalysisError(
-                "reference mean: attention patterns have no mean by position that is a pattern of "
-                "other prompts; patch q, k or head, or a resampled item's pattern"
-            )
+        if grain == "pattern" and over != "position":
+            raise AnalysisError("over: attention patterns have a mean by position only")
         self.model, self.grain, self.over = model, grain, over
         self._roles: dict[str, int] = {}
         self._sums: list[Float[Tensor, " kinds *site"]] = []
@@ -60,6 +59,7 @@ class ReferenceMean:
     ) -> ReferenceMean:
         """Add a batch of reference prompts; returns itself."""
         kinds = self._kinds(tuple(tokens.shape), attention_mask, roles, new=True)
+        self._check_length(tokens.shape[1], attention_mask)
         sites = self.model.sites(self.grain)
         captured = self.model.capture(tokens, sites, attention_mask=attention_mask)
         used = kinds >= 0
@@ -69,6 +69,8 @@ class ReferenceMean:
         )
         for layer, site in enumerate(sites):
             values = captured[site]
+            if self.grain == "pattern":
+                values = rearrange(values, "items heads query key -> items query heads key")
             rows = values[used.to(values.device)].double()
             if len(self._sums) <= layer:
                 self._sums.append(rows.new_zeros(0, *rows.shape[1:]))
@@ -107,7 +109,11 @@ class ReferenceMean:
                 f"reference mean: the reference's longest prompt has {len(self.counts)} tokens, "
                 f"these have {int(kinds.max()) + 1}; use longer reference prompts or over='all'"
             )
+        self._check_length(shape[1], attention_mask)
         dtype = self.model.dtype
+        if self.grain == "pattern":
+            by_head = [rearrange(mean, "query heads key -> heads query key") for mean in means]
+            return [mean.to(dtype).expand(shape[0], -1, -1, -1) for mean in by_head]
         if attention_mask is None and self.over != "role":  # every item the same: no copies
             return [
                 mean.to(dtype)[kinds[0].to(mean.device)].expand(shape[0], *[-1] * mean.ndim)
@@ -120,6 +126,17 @@ class ReferenceMean:
             )
             for mean in means
         ]
+
+    def _check_length(self, n_positions: int, mask: Mask | None) -> None:
+        """Patterns of other lengths, or with padding, have no mean."""
+        if self.grain != "pattern":
+            return
+        known = self._sums[0].shape[-1] if self._sums else n_positions
+        if n_positions != known or (mask is not None and not bool(mask.all())):
+            raise AnalysisError(
+                "reference mean: the mean of attention patterns takes prompts of one length, "
+                f"without padding; got {n_positions} tokens and {known}"
+            )
 
     def _kinds(
         self, shape: tuple[int, ...], mask: Mask | None, roles: Roles | None, *, new: bool

@@ -28,6 +28,7 @@ from mechinterp.patching.metrics import log_prob, logit_diff
 
 N_ITEMS, N_POSITIONS = 3, 6
 METRIC = logit_diff(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7]))
+NOISING = {"direction": "noising"}
 ATOL = 2e-4  # of logits of several units; wrong code is off by tenths
 
 
@@ -216,17 +217,19 @@ def test_edge_effects_equal_plain_hooks_one_edge_at_a_time(family):
     graph = Graph.of(model)
     reference = writers_of(model.model, corrupt)
     base = score(model.forward(clean))
-    effects = edge_effects(model, clean, corrupt, METRIC, keep_items=True)
+    effects = edge_effects(model, clean, corrupt, METRIC, **NOISING, keep_items=True)
     assert bool(effects[:, ~graph.mask].isnan().all())
     expected = torch.full_like(effects, torch.nan)
     for w, r in graph.mask.nonzero().tolist():
         edge = (str(graph.writers[w]), str(graph.readers[r]))
         expected[:, w, r] = score(hooked_run(model.model, clean, reference, [edge])[0]) - base
     assert_equal(effects[:, graph.mask], expected[:, graph.mask])
-    mean = edge_effects(model, clean, corrupt, METRIC)
+    mean = edge_effects(model, clean, corrupt, METRIC, **NOISING)
     torch.testing.assert_close(mean, effects.mean(0), equal_nan=True)
+    reverse = edge_effects(model, corrupt, clean, METRIC, keep_items=True)
+    torch.testing.assert_close(reverse, effects, rtol=0, atol=ATOL, equal_nan=True)
     edges = [("embed", "mlp.1"), ("mlp.0", "logits")]
-    some = edge_effects(model, clean, corrupt, METRIC, edges=edges, memory_mb=0)
+    some = edge_effects(model, clean, corrupt, METRIC, **NOISING, edges=edges, memory_mb=0)
     assert int((~some.isnan()).sum()) == 2
     torch.testing.assert_close(some[~some.isnan()], mean[~some.isnan()], rtol=0, atol=ATOL)
 
@@ -234,7 +237,7 @@ def test_edge_effects_equal_plain_hooks_one_edge_at_a_time(family):
 def test_one_ablated_edge_is_the_same_either_way():
     model, (clean, corrupt) = shared_model("llama"), pairs()
     graph = Graph.of(model)
-    effects = edge_effects(model, clean, corrupt, METRIC, keep_items=True)
+    effects = edge_effects(model, clean, corrupt, METRIC, **NOISING, keep_items=True)
     edges = graph.mask.nonzero()[::7]
     circuits = []
     for w, r in edges.tolist():
@@ -282,7 +285,7 @@ def test_the_direct_path_to_the_logits_is_an_edge():
     for sender in ("head.1.2", "mlp.2", "embed"):
         value = patch_path(model, clean, corrupt, [sender], ["logits"], METRIC)
         effect = edge_effects(
-            model, clean, corrupt, METRIC, edges=[(sender, "logits")], keep_items=True
+            model, clean, corrupt, METRIC, **NOISING, edges=[(sender, "logits")], keep_items=True
         )
         effect = effect[:, Graph.of(model).writer_index(sender), -1]
         torch.testing.assert_close(value - score(model.forward(clean)), effect, rtol=0, atol=ATOL)
@@ -318,7 +321,7 @@ def test_any_circuit_of_any_prompts(data):
 @cache
 def curve_inputs():
     model, (clean, corrupt) = shared_model("llama"), pairs()
-    return model, clean, corrupt, edge_effects(model, clean, corrupt, METRIC)
+    return model, clean, corrupt, edge_effects(model, clean, corrupt, METRIC, **NOISING)
 
 
 def test_faithfulness_curve_is_its_definition():

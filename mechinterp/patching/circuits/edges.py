@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechinterp.architectures import Block
 from mechinterp.contexts import Context
-from mechinterp.errors import ModelError
+from mechinterp.errors import AnalysisError, ModelError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.circuits.paths import writer_changes
 from mechinterp.patching.circuits.reference import Reference, reference_run
@@ -35,15 +35,18 @@ def edge_effects(
     corrupt: Int[Tensor, "items pos"],
     metric: Metric,
     *,
+    direction: str = "denoising",
     edges: Iterable[tuple[Node | str, Node | str]] | None = None,
     keep_items: bool = False,
     attention_mask: Int[Tensor, "items pos"] | None = None,
     decision: int | Int[Tensor, " items"] = -1,
     memory_mb: int = 256,
 ) -> Float[Tensor, "*items writers readers"]:
-    """The metric of the clean run with one edge carrying the corrupt value, less that of the clean.
+    """What exchanging one edge's value changes in the metric, for every edge.
 
     Args:
+        direction: "denoising": edges of the clean run into the corrupt one; "noising": the reverse,
+            which finds no edge that has a backup.
         edges: only these (writer, reader); None is every edge.
         keep_items: values per item [items writers readers] rather than their mean.
 
@@ -53,8 +56,11 @@ def edge_effects(
     Raises:
         AnalysisError: the arguments do not fit together, or an edge has no such nodes.
     """
+    if direction not in ("denoising", "noising"):
+        raise AnalysisError(f"direction: expected 'denoising' or 'noising', got {direction!r}")
+    base, source = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
     prompts = Prompts.of(
-        model, clean, corrupt, metric, attention_mask=attention_mask, decision=decision
+        model, base, source, metric, attention_mask=attention_mask, decision=decision
     )
     graph = Graph.of(model)
     wanted = graph.mask
@@ -79,21 +85,21 @@ def edge_effects(
 
 
 class _ItemEdges:
-    """A batch of items, their clean run, and what every writer changes from clean to corrupt."""
+    """A batch of items, their own run, and what every writer changes from it to the other run."""
 
     def __init__(self, prompts: Prompts, graph: Graph, rows: slice, memory_mb: int) -> None:
         self.prompts, self.graph, self.model = prompts, graph, prompts.model
         mask = prompts.mask_of(rows)
         self.padded = mask is not None
-        self.clean: Reference = reference_run(self.model, prompts.clean[rows], attention_mask=mask)
+        self.own: Reference = reference_run(self.model, prompts.clean[rows], attention_mask=mask)
         other = reference_run(self.model, prompts.corrupt[rows], attention_mask=mask)
         every = range(len(graph.writers))
-        self.changes = writer_changes(self.model, graph, self.clean, other, every)
+        self.changes = writer_changes(self.model, graph, self.own, other, every)
         self.context = self.model.embed(prompts.clean[rows], attention_mask=mask)[1]
-        self.items = torch.arange(rows.start, rows.start + len(self.clean.embed))
+        self.items = torch.arange(rows.start, rows.start + len(self.own.embed))
         self.items = self.items.to(self.model.device)
         self.decision = prompts.decision[rows]
-        self.base = self._score(self.clean.final, torch.arange(len(self.items)))
+        self.base = self._score(self.own.final, torch.arange(len(self.items)))
         self.size = _rows_per_batch(self.model, prompts.clean.shape[1], memory_mb)
 
     def into(self, column: int, writers: Int[Tensor, " writers"]) -> Float[Tensor, "items writers"]:
@@ -114,13 +120,13 @@ class _ItemEdges:
     ) -> Float[Tensor, "rows pos d_model"]:
         """What enters the final norm when the reader's input is changed."""
         if reader.layer is None:
-            return self.clean.final[items] + change
+            return self.own.final[items] + change
         context = self.context.rows(items) if self.padded else self.context
         block = self.model.architecture.blocks[reader.layer]
-        pre, mid = (of[reader.layer][items] for of in (self.clean.resid_pre, self.clean.resid_mid))
+        pre, mid = (of[reader.layer][items] for of in (self.own.resid_pre, self.own.resid_mid))
         if reader.kind == "mlp":
             # In a parallel block the attention's output is in the sum as well.
-            others = self._post(reader.layer)[items] - self.clean.mlp[reader.layer][items]
+            others = self._post(reader.layer)[items] - self.own.mlp[reader.layer][items]
             resid = others + block.mlp_out(mid + change)
         else:
             resid = _with_input(block, reader, pre, pre + change, context)
@@ -129,9 +135,9 @@ class _ItemEdges:
         return resid
 
     def _post(self, layer: int) -> Float[Tensor, "items pos d_model"]:
-        """What leaves a block in the clean run."""
+        """What leaves a block in the unpatched run."""
         last = layer + 1 == self.model.n_layers
-        return self.clean.final if last else self.clean.resid_pre[layer + 1]
+        return self.own.final if last else self.own.resid_pre[layer + 1]
 
     def _score(
         self, final: Float[Tensor, "rows pos d_model"], items: Int[Tensor, " rows"]

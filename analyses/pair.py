@@ -153,13 +153,18 @@ def write_analysis(
     after: str | Path | None,
     control: str | Path | None,
     task: str | Path,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run one analysis on checkpoints; leave its tables and its figure under `out`."""
+    """Run one analysis on checkpoints; leave its tables and its figure under `out`.
+
+    `changes` are laid over the task file's `analysis`.
+    """
     from figures import draw_all
     from mechinterp.files import write_table
     from mechinterp.spec import load_task
 
-    pair = Pair.open(before, after, control=control, task=load_task(task))
+    spec = load_task(task, changes=changes)
+    pair = Pair.open(before, after, control=control, task=spec)
     for name, table in analyse(pair).items():
         write_table(out / "tables" / f"{name}.parquet", table)
         print(out / "tables" / f"{name}.parquet")

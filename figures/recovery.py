@@ -49,6 +49,10 @@ GRAINS = {
     "attn_out": "attention output",
     "mlp_out": "MLP output",
     "head": "attention heads",
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "pattern": "attention patterns",
 }
 
 

@@ -110,10 +110,18 @@ def patch(
     out: Out,
     after: After = None,
     control: Control = None,
+    grain: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, head, q, k, v, pattern or "
+            "neuron; repeatable. Default: the task file's patch_grains."
+        ),
+    ] = None,
     threads: Threads = 1,
 ) -> None:
     """Exact recovery maps on counterfactual pairs: layer by position, and layer by head."""
-    _analyse("patching", "recovery", before, after, control, task, out, threads)
+    changes = {"patch_grains": grain} if grain else None
+    _analyse("patching", "recovery", before, after, control, task, out, threads, changes)
 
 
 @app.command()
@@ -201,6 +209,7 @@ def _analyse(
     task: str,
     out: Path,
     threads: int,
+    changes: dict[str, Any] | None = None,
 ) -> None:
     from importlib import import_module
 
@@ -217,6 +226,7 @@ def _analyse(
         after=after,
         control=control,
         task=task,
+        changes=changes,
     )
 
 

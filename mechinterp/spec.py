@@ -5,6 +5,7 @@ Unknown keys, wrong types and missing tasks are refused with one line that names
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -28,6 +29,19 @@ if TYPE_CHECKING:
     from mechinterp.checkpoints import Checkpoint
 
 Weights = tuple[float, ...]
+PatchGrain = Literal[
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "head",
+    "q",
+    "k",
+    "v",
+    "pattern",
+    "neuron",
+]
 SpecType = TypeVar("SpecType", bound="StrictModel")
 
 
@@ -60,6 +74,7 @@ class AnalysisSpec(StrictModel):
     probe_items: int = Field(3_000, ge=60)
     probe_folds: int = Field(5, ge=3)
     patch_pairs: int = Field(128, ge=2)
+    patch_grains: tuple[PatchGrain, ...] = ("resid_pre", "attn_out", "mlp_out", "head")
     crossing_items: int = Field(6_000, ge=60)
     calibration_bins: int = Field(10, ge=2)
     max_layers: int = Field(12, ge=2)
@@ -181,8 +196,14 @@ def _known_fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[st
     return sorted(model.model_fields)
 
 
-def load_task(source: str | Path) -> TaskSpec:
-    """A task file, or the bare name of a task with its default settings."""
+def load_task(source: str | Path, *, changes: Mapping[str, Any] | None = None) -> TaskSpec:
+    """A task file, or the bare name of a task with its default settings.
+
+    `changes` are laid over its `analysis`, as a command's options are.
+    """
+    if changes:
+        spec = load_task(source).model_dump(mode="json", exclude_unset=True)
+        return check(TaskSpec, _overlay(spec, {"analysis": dict(changes)}), source=source)
     if str(source) in tasks.names():
         return TaskSpec(task=str(source))
     if Path(source).suffix not in (".yaml", ".yml"):

@@ -65,8 +65,8 @@ def test_a_change_in_one_layer_is_found_there():
         assert patch.loc[(direction, 2, "position 4"), "low"] == pytest.approx(1, abs=1e-2)
         assert patch.loc[(direction, 2, "position 3"), "effect"] == 0
     mlp = patch_across(after, model(), TOKENS, grain="mlp_out", metric=METRIC).patched
-    assert bool((mlp.effect[0] == 0).all())
-    assert float(mlp.effect[1].abs().max()) > 0.1
+    assert bool((mlp.effect[:, 0] == 0).all())
+    assert float(mlp.effect[:, 1].abs().max()) > 0.1
 
 
 def test_directions_are_named_after_the_giver_and_the_taker():
@@ -99,9 +99,9 @@ def test_table_by_role_by_hand():
         (True, 0): 9,
         (True, 1): 9,
     }
-    effect = crossed.patched.effect[1].numpy()  # [positions, items]
+    effect = crossed.patched.effect[:, 1].numpy()  # [items, positions]
     gap = crossed.patched.gap.numpy()
-    of_role = np.array([effect[ROLES[i] == "a", i].mean() for i in range(N_ITEMS)])
+    of_role = np.array([effect[i, ROLES[i] == "a"].mean() for i in range(N_ITEMS)])
     row = table[(table["unit"] == "a") & (table["layer"] == 1) & ~table["control"]].iloc[0]
     expected = (of_role * np.sign(gap)).sum() / np.abs(gap).sum()
     assert row["effect"] == pytest.approx(expected, abs=1e-5)
@@ -123,9 +123,6 @@ def test_controls_step_as_far_in_shared_directions(grain, roles):
         TOKENS,
         grain=grain,
         metric=METRIC,
-        positions=None,
-        decision=-1,
-        attention_mask=None,
     )
     own, _ = plan.capture(model(0), TOKENS)
     given, _ = plan.capture(model(1), TOKENS)

@@ -15,15 +15,15 @@ from tiny_models import CONFIGS, D_VOCAB, N_HEADS, N_LAYERS, random_tokens, tiny
 
 from mechinterp.errors import AnalysisError, ModelError, SiteError
 from mechinterp.hooked import HookedModel
-from mechinterp.patching.metrics import action_log_odds, log_prob, logit_diff
+from mechinterp.patching.metrics import action_log_odds, log_prob, logit_difference
 from mechinterp.patching.naive import naive_sweep, patch_by_loop
 from mechinterp.patching.plan import GRAINS, make_plan
 from mechinterp.patching.result import MIN_GAP, PatchingResult, by_role, pooled_recovery
-from mechinterp.patching.sweep import patch_by_suffix, sweep
+from mechinterp.patching.sweeps import patch_by_suffix, record_for, sweep
 
 N_ITEMS, N_POSITIONS = 4, 6
 CHANGED = torch.tensor([1, 2, 2, 4])  # where each item's prompts differ
-METRIC = logit_diff(torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8]))
+METRIC = logit_difference(correct=torch.tensor([1, 2, 3, 4]), wrong=torch.tensor([5, 6, 7, 8]))
 
 
 @cache
@@ -56,7 +56,7 @@ def test_metrics_follow_the_item_of_each_row():
     expected = torch.stack(
         [logits[r, right[i]] - logits[r, wrong[i]] for r, i in enumerate(items.tolist())]
     )
-    metric = logit_diff(right, wrong)
+    metric = logit_difference(correct=right, wrong=wrong)
     assert metric.token_ids.tolist() == [0, 3, 4, 9]
     torch.testing.assert_close(metric(logits[:, metric.token_ids], items), expected)
     expected = torch.stack(
@@ -81,7 +81,7 @@ def test_action_log_odds_are_the_log_odds_of_the_label():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: logit_diff(torch.tensor([1, 2]), torch.tensor([1])),
+        lambda: logit_difference(correct=torch.tensor([1, 2]), wrong=torch.tensor([1])),
         lambda: action_log_odds((4, 4), torch.tensor([0])),
         lambda: action_log_odds((4,), torch.tensor([0])),
         lambda: action_log_odds((4, 5), torch.tensor([0, 2])),
@@ -112,15 +112,14 @@ def test_patching_a_run_with_itself_changes_nothing(grain):
         corrupt,
         grain=grain,
         metric=METRIC,
-        positions=None,
-        decision=-1,
-        attention_mask=None,
     )
     own, base = plan.capture(model(), corrupt)
-    values, _ = patch_by_suffix(model(), corrupt, own, plan, skip_equal=False)
-    torch.testing.assert_close(values, base.expand_as(values), rtol=0, atol=1e-5)
-    values, unpatched = patch_by_suffix(model(), corrupt, own, plan)
-    assert bool((values == unpatched).all())
+    recorded = record_for(model(), corrupt, [plan])
+    values, _ = patch_by_suffix(recorded, own, plan, budget=2**27, skip_equal=False)
+    expected = base[:, None, None].expand_as(values)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+    values, unpatched = patch_by_suffix(recorded, own, plan, budget=2**27)
+    assert bool((values == unpatched[:, None, None]).all())
 
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
@@ -129,13 +128,15 @@ def test_a_patch_of_all_that_differs_recovers_all(family, direction):
     corrupt, clean = pairs()
     options = {"corrupt": corrupt, "clean": clean, "metric": METRIC, "direction": direction}
     pre = sweep(model(family), grain="resid_pre", **options)
-    at_change = pre.recovery[0, CHANGED, torch.arange(N_ITEMS)]
+    at_change = pre.normalized[torch.arange(N_ITEMS), 0, CHANGED]
     post = sweep(model(family), grain="resid_post", **options)
-    for recovery in (at_change, post.recovery[-1, -1]):
+    for recovery in (at_change, post.normalized[:, -1, -1]):
         torch.testing.assert_close(recovery, torch.ones(N_ITEMS), rtol=0, atol=1e-4)
-    before = torch.arange(N_POSITIONS)[:, None] < CHANGED
-    assert bool((pre.recovery[:, before] == 0).all())  # exactly: these cells are not run
-    assert bool((pre.recovery[0] != 0).sum(0).eq(1).all())
+    before = torch.arange(N_POSITIONS) < CHANGED[:, None]
+    assert bool(
+        (pre.normalized.transpose(1, 2)[before] == 0).all()
+    )  # exactly: these cells are not run
+    assert bool((pre.normalized[:, 0] != 0).sum(1).eq(1).all())
 
 
 def test_only_what_a_patch_can_reach_is_run(monkeypatch):
@@ -144,7 +145,7 @@ def test_only_what_a_patch_can_reach_is_run(monkeypatch):
     corrupt, clean = pairs()
     seen = [0] * N_LAYERS
     fresh = HookedModel(tiny_model("llama"), self_test=False)
-    monkeypatch.setattr("mechinterp.patching.sweep.resumable", lambda *_: True)
+    monkeypatch.setattr("mechinterp.patching.sweeps.find_obstacle", lambda *_: None)
     for layer, block in enumerate(fresh.architecture.blocks):
 
         def count(module, args, layer=layer):
@@ -182,15 +183,17 @@ def test_positions_may_differ_between_items():
     everywhere = run("attn_out")
     columns = torch.stack([CHANGED, torch.full((N_ITEMS,), -1)], dim=1)
     aligned = run("attn_out", positions=columns)
-    assert aligned.values.shape == (N_LAYERS, 2, N_ITEMS)
+    assert aligned.values.shape == (N_ITEMS, N_LAYERS, 2)
     items = torch.arange(N_ITEMS)
     torch.testing.assert_close(
-        aligned.values[:, 0], everywhere.values[:, CHANGED, items], rtol=0, atol=1e-5
+        aligned.values[..., 0], everywhere.values[items, :, CHANGED], rtol=0, atol=1e-5
     )
-    torch.testing.assert_close(aligned.values[:, 1], everywhere.values[:, -1], rtol=0, atol=1e-5)
-    assert list(aligned.to_table()["unit"].unique()) == [0, 1]
+    torch.testing.assert_close(
+        aligned.values[..., 1], everywhere.values[..., -1], rtol=0, atol=1e-5
+    )
+    assert list(aligned.to_table()["column"].unique()) == [0, 1]
     some = run("attn_out", positions=[4, 5])
-    torch.testing.assert_close(some.values, everywhere.values[:, 4:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(some.values, everywhere.values[..., 4:], rtol=0, atol=1e-5)
     assert list(some.to_table()["position"].unique()) == [4, 5]
 
 
@@ -218,9 +221,9 @@ def test_a_network_that_looks_ahead_gets_the_loop(make):
     corrupt, clean = pairs()
     options = {"corrupt": corrupt, "clean": clean, "grain": "resid_pre", "metric": METRIC}
     result = sweep(both_ways, **options)
-    assert result.method == "loop"
+    assert result.method == "loop: attention is not causal"
     torch.testing.assert_close(result.values, naive_sweep(both_ways, **options).values)
-    assert bool((result.effect[1, 0].abs() > 0).all())  # position 0 sees the changed token
+    assert bool((result.effect[:, 1, 0].abs() > 0).all())  # position 0 sees the changed token
 
 
 def test_a_patch_that_did_not_fire_raises():
@@ -235,8 +238,6 @@ def test_a_patch_that_did_not_fire_raises():
         grain="mlp_out",
         metric=METRIC,
         positions=[2],
-        decision=-1,
-        attention_mask=None,
     )
     new = [torch.zeros(N_ITEMS, N_POSITIONS, broken.d_model)] * N_LAYERS
     with pytest.raises(ModelError, match=r"mlp_out\.1 fired 0 times"):
@@ -252,7 +253,15 @@ def test_a_patch_that_did_not_fire_raises():
         ({"positions": [6]}, "positions"),
         ({"positions": []}, "positions"),
         ({"positions": torch.zeros(3, 2, dtype=torch.long)}, "positions"),
-        ({"grain": "head", "positions": [1]}, "all positions together"),
+        ({"by_position": False}, "by_position"),
+        ({"grain": "head", "positions": [1], "by_position": False}, "by_position"),
+        ({"neurons": [1]}, "neurons"),
+        ({"grain": "neuron", "neurons": [1, 1]}, "neurons"),
+        ({"grain": "neuron", "neurons": [999]}, "neurons"),
+        ({"grain": "head", "directions": torch.ones(1, 32)}, "directions"),
+        ({"directions": torch.ones(1, 31)}, "directions"),
+        ({"directions": torch.zeros(1, 32)}, "directions"),
+        ({"metric": {}}, "metric"),
         ({"decision": 6}, "decision"),
         ({"decision": torch.tensor([1, 2])}, "decision"),
         ({"attention_mask": torch.ones(4, 5)}, "attention_mask"),
@@ -277,12 +286,13 @@ def test_source_must_have_the_same_shape():
 
 
 def result_of(values, corrupt, clean, **fields) -> PatchingResult:
-    values = torch.as_tensor(values, dtype=torch.float32)
+    values = torch.as_tensor(values, dtype=torch.float32).permute(2, 0, 1)
     defaults = {
         "grain": "resid_pre",
         "direction": "denoising",
         "method": "suffix",
-        "positions": torch.arange(values.shape[1]).expand(values.shape[2], -1),
+        "axes": ("item", "layer", "position"),
+        "positions": torch.arange(values.shape[2]).expand(len(values), -1),
     }
     return PatchingResult(
         values=values,
@@ -296,7 +306,7 @@ def test_recovery_by_hand():
     # One layer, one position; the third item has no gap.
     result = result_of([[[1.0, 4.0, 9.0]]], corrupt=[0, 2, 5], clean=[4, 0, 5 + MIN_GAP / 2])
     assert result.effect.flatten().tolist() == [1, 2, 4]
-    recovery = result.recovery.flatten()
+    recovery = result.normalized.flatten()
     assert recovery[:2].tolist() == [0.25, -1.0]
     assert bool(recovery[2].isnan())
     row = result.to_table().iloc[0]
@@ -306,16 +316,16 @@ def test_recovery_by_hand():
     assert row["effect"] == pytest.approx(7 / 3)
     # Noising counts from the clean run: all the way to the corrupt value is 1.
     noising = result_of([[[0.0, 1.0]]], corrupt=[0, 2], clean=[4, 0], direction="noising")
-    assert noising.recovery.flatten().tolist() == [1.0, 0.5]
+    assert noising.normalized.flatten().tolist() == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("index", [slice(1, 3), np.array([False, True, True, False])])
 def test_selected_items_are_a_result_of_their_own(index):
     corrupt, clean = pairs()
     selected = run("mlp_out").select(index)
-    metric = logit_diff(torch.tensor([2, 3]), torch.tensor([6, 7]))
+    metric = logit_difference(correct=torch.tensor([2, 3]), wrong=torch.tensor([6, 7]))
     alone = run("mlp_out", corrupt=corrupt[1:3], clean=clean[1:3], metric=metric)
-    torch.testing.assert_close(selected.recovery, alone.recovery, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(selected.normalized, alone.normalized, rtol=1e-3, atol=1e-4)
     assert len(by_role(selected, np.full((2, N_POSITIONS), "a"))) == N_LAYERS
     assert run("head").select(index).to_table()["n_items"].max() <= 2
 
@@ -356,7 +366,7 @@ def test_roles_at_positions_that_differ_between_items():
 
 
 def test_roles_are_refused_where_they_do_not_fit():
-    with pytest.raises(AnalysisError, match="all positions"):
+    with pytest.raises(AnalysisError, match="not by layer and position"):
         by_role(run("head"), np.full((N_ITEMS, N_POSITIONS), "a"))
     with pytest.raises(AnalysisError, match="roles"):
         by_role(run(), np.full((N_ITEMS, N_POSITIONS - 1), "a"))

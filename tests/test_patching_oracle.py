@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tiny_models import D_VOCAB, N_HEADS, N_LAYERS, SEQUENTIAL, random_tokens, tiny_model
 
 from mechinterp.hooked import HookedModel
-from mechinterp.patching.metrics import logit_diff
+from mechinterp.patching.metrics import logit_difference
 from mechinterp.patching.naive import naive_sweep
 from mechinterp.patching.plan import GRAINS
-from mechinterp.patching.sweep import sweep
+from mechinterp.patching.sweeps import sweep
 
 N_ITEMS, N_POSITIONS = 3, 6
 FAMILIES = ["llama", "gpt2", "gpt_neox", "gemma2", "qwen3", "olmo2", "mistral", "phi3"]
@@ -24,7 +24,7 @@ CASES = [
     for grain in GRAINS
     if grain != "resid_mid" or family in SEQUENTIAL
 ]
-METRIC = logit_diff(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7]))
+METRIC = logit_difference(correct=torch.tensor([1, 2, 3]), wrong=torch.tensor([5, 6, 7]))
 
 
 @cache
@@ -43,6 +43,7 @@ def pairs(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 def assert_equal(fast, slow, tolerance: float = 1e-5) -> None:
     assert (fast.method, slow.method) == ("suffix", "loop")
+    assert fast.axes == slow.axes
     assert float(slow.effect.abs().max()) > 0.05  # or the comparison would say nothing
     for name in ("values", "corrupt_metric", "clean_metric"):
         torch.testing.assert_close(
@@ -108,7 +109,7 @@ def test_padded_prompts_equal_the_loop(family, grain, side):
 @given(data=st.data())
 def test_random_prompts_and_cells(data):
     family = data.draw(st.sampled_from(["llama", "gemma2", "gpt_neox"]))
-    grain = data.draw(st.sampled_from(["resid_pre", "attn_out", "mlp_out", "head"]))
+    grain = data.draw(st.sampled_from([g for g in GRAINS if g != "resid_mid"]))
     n_items = data.draw(st.integers(1, 3))
     length = data.draw(st.integers(1, 6))
     token = st.integers(0, D_VOCAB - 1)
@@ -119,10 +120,12 @@ def test_random_prompts_and_cells(data):
     each = st.lists(st.integers(-length, length - 1), min_size=n_items, max_size=n_items)
     decision = torch.tensor(data.draw(each))
     positions = None
-    if grain != "head":
+    if data.draw(st.booleans()):
         positions = torch.stack([torch.tensor(data.draw(each)) for _ in range(2)], dim=1)
     ids = st.lists(token, min_size=n_items, max_size=n_items)
-    metric = logit_diff(torch.tensor(data.draw(ids)), torch.tensor(data.draw(ids)))
+    metric = logit_difference(
+        correct=torch.tensor(data.draw(ids)), wrong=torch.tensor(data.draw(ids))
+    )
     options = {
         "corrupt": corrupt,
         "clean": clean,
@@ -162,10 +165,41 @@ def test_sweep_equals_transformer_lens(family):
         ours = sweep(model(family), corrupt=corrupt, clean=clean, grain=grain, metric=METRIC)
         n_units = N_HEADS if grain == "head" else N_POSITIONS
         assert theirs.values.shape == (N_LAYERS, n_units, N_ITEMS)
-        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=1e-5)
+        by_item = theirs.values.permute(2, 0, 1)
+        torch.testing.assert_close(ours.values, by_item, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.corrupt_metric, theirs.baseline, rtol=0, atol=1e-5)
         table = theirs.to_dataframe()
         assert len(table) == N_LAYERS * n_units * N_ITEMS
+
+
+@pytest.mark.parametrize(
+    ("family", "grain"),
+    [("gpt2", g) for g in ("q", "k", "v", "pattern")] + [("llama", "q"), ("llama", "pattern")],
+)
+def test_inside_attention_equals_transformer_lens(family, grain):
+    """Theirs has no keys and values of grouped queries."""
+    from transformer_lens import patching as tl
+
+    tl.tqdm = lambda iterable, **_: iterable
+    patch = {
+        "q": tl.get_act_patch_attn_head_q_all_pos,
+        "k": tl.get_act_patch_attn_head_k_all_pos,
+        "v": tl.get_act_patch_attn_head_v_all_pos,
+        "pattern": tl.get_act_patch_attn_head_pattern_all_pos,
+    }[grain]
+    corrupt, clean = pairs()
+    bridge = model(family).bridge()
+    _, clean_cache = bridge.run_with_cache(clean)
+
+    def metric(logits: torch.Tensor) -> torch.Tensor:
+        return METRIC(logits[:, -1][:, METRIC.token_ids], torch.arange(N_ITEMS))
+
+    with torch.no_grad():
+        theirs = patch(bridge, corrupt, clean_cache, metric, reduce="none", baseline=True)
+    ours = sweep(model(family), corrupt=corrupt, clean=clean, grain=grain, metric=METRIC)
+    assert float(ours.effect.abs().max()) > 0.01
+    by_item = theirs.values.permute(2, 0, 1)
+    torch.testing.assert_close(ours.values, by_item, rtol=0, atol=1e-5)
 
 
 def test_resid_mid_and_post_are_the_next_resid_pre():
@@ -173,4 +207,54 @@ def test_resid_mid_and_post_are_the_next_resid_pre():
     run = partial(sweep, model("llama"), corrupt=corrupt, clean=clean, metric=METRIC)
     mid, post, pre = (run(grain=g).values for g in ("resid_mid", "resid_post", "resid_pre"))
     torch.testing.assert_close(mid, post, rtol=0, atol=1e-5)
-    torch.testing.assert_close(post[:-1], pre[1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(post[:, :-1], pre[:, 1:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grain", ["head", "q", "k", "v", "pattern", "neuron"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3", "olmo2", "phi3"])
+def test_one_position_of_a_head_or_neuron_equals_the_loop(family, grain):
+    corrupt, clean = pairs()
+    options = {"corrupt": corrupt, "clean": clean, "grain": grain, "metric": METRIC}
+    options |= {"by_position": True, "neurons": [0, 7, 30] if grain == "neuron" else None}
+    fast = sweep(model(family), **options)
+    assert fast.axes[-1] == "position"
+    slow = naive_sweep(model(family), **options)
+    torch.testing.assert_close(fast.values, slow.values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grain", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_single_directions_equal_the_loop(family, grain):
+    corrupt, clean = pairs()
+    directions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    options = {"corrupt": corrupt, "clean": clean, "grain": grain, "metric": METRIC}
+    fast = sweep(model(family), **options, directions=directions)
+    assert fast.axes == ("item", "layer", "direction", "position")
+    slow = naive_sweep(model(family), **options, directions=directions)
+    torch.testing.assert_close(fast.values, slow.values, rtol=0, atol=1e-5)
+    scaled = sweep(model(family), **options, directions=7 * directions)
+    torch.testing.assert_close(fast.values, scaled.values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_several_grains_and_metrics_at_once_equal_one_at_a_time(family, direction):
+    corrupt, clean = pairs()
+    grains = ["attn_out", "resid_post", "resid_pre", "head", "k"]
+    grains += ["resid_mid"] if family in SEQUENTIAL else []
+    metrics = {
+        "difference": METRIC,
+        "other": logit_difference(correct=torch.tensor([9, 9, 9]), wrong=torch.tensor([1, 1, 2])),
+    }
+    options = {"corrupt": corrupt, "clean": clean, "direction": direction}
+    together = sweep(model(family), grain=grains, metric=metrics, **options)
+    assert set(together) == {(grain, name) for grain in grains for name in metrics}
+    for (grain, name), result in together.items():
+        alone = sweep(model(family), grain=grain, metric=metrics[name], **options)
+        assert (result.axes, result.grain) == (alone.axes, grain)
+        torch.testing.assert_close(result.values, alone.values, rtol=0, atol=1e-5)
+        torch.testing.assert_close(result.clean_metric, alone.clean_metric)
+    named = sweep(model(family), grain="head", metric=metrics, **options)
+    torch.testing.assert_close(named["other"].values, together["head", "other"].values)
+    by_grain = sweep(model(family), grain=["head", "k"], metric=METRIC, **options)
+    torch.testing.assert_close(by_grain["k"].values, together["k", "difference"].values)

@@ -27,7 +27,7 @@ from mechinterp.patching.reference import (
     zero_activations,
 )
 from mechinterp.patching.stored import StoredActivations, store_activations
-from mechinterp.patching.sweep import patch_sites
+from mechinterp.patching.sweeps import patch_sites
 from mechinterp.sites import GRAINS, Site
 
 GRAINS_BY_HOOKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head")

@@ -1,110 +1,249 @@
-"""The two kinds of patch that a sweep makes, as rows that enter a block with a changed residual."""
+"""The kinds of patch that a sweep makes, as rows that enter a block with a changed residual."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.architectures import Block
-from mechinterp.patching.plan import Plan
-from mechinterp.patching.suffix import RecordedRun
+from mechinterp.patching.plan import RESIDUAL_GRAINS, Plan
+from mechinterp.patching.suffix import RecordedRun, Suffix
 from mechinterp.sites import Site
 
 Cells = Int[Tensor, "cells 3"]  # (layer, unit, item), sorted by layer
+Resid = Float[Tensor, "rows suffix d_model"]
 
 
-class PositionPatches:
-    """Patches of one position each: that position's residual is exchanged.
+class Patches(ABC):
+    """Every cell of a plan, patched with the activations `new`, one tensor per layer.
 
-    Whatever follows the attention in a block goes position by position, so one pass over all
-    positions gives the residual that each position's own patch would leave.
+    `delay` is how many blocks lie between the block patched and the block that a row enters.
     """
 
-    def __init__(self, run: RecordedRun, new: Sequence[Tensor], plan: Plan) -> None:
-        assert plan.positions is not None
-        self.run, self.new, self.plan, self.positions = run, new, plan, plan.positions
-        self.n_units = plan.positions.shape[1]
-        self.delay = 0 if plan.grain == "resid_pre" else 1  # from the block patched to that entered
-        self.patched = [self._patched(layer) for layer in range(len(new))]
-
-    def cells(self, *, skip_equal: bool) -> tuple[Cells, Int[Tensor, " cells"]]:
-        """The cells that can have an effect, and the position where the suffix of each starts."""
-        changed = _changed(self.run, self.new, self.plan, skip_equal=skip_equal)
-        at = self.positions.T.expand(len(self.new), -1, -1)  # [layers units items]
-        changed = changed.transpose(1, 2).gather(1, at)
-        if self.delay:  # after the last block only the decision position is read
-            changed[-1] &= at[-1] == self.plan.decision
-        cells = changed.nonzero()
-        return cells, self.positions[cells[:, 2], cells[:, 1]]
-
-    def residuals(
-        self, layer: int, units: Int[Tensor, " rows"], items: Int[Tensor, " rows"], start: int
-    ) -> Float[Tensor, "rows suffix d_model"]:
-        """What enters block `layer + delay`: patched at `start`, as recorded after it."""
-        x = self.run.resid[layer + self.delay][:, start:].index_select(0, items)
-        x[:, 0] = self.patched[layer][items, start]
-        return x
-
-    def _patched(self, layer: int) -> Float[Tensor, "items positions d_model"]:
-        new, resid = self.new[layer], self.run.resid[layer]
-        block = self.run.model.architecture.blocks[layer]
-        if self.plan.grain == "attn_out":
-            return _after_attention(block, resid, new)
-        if self.plan.grain == "resid_mid":
-            return new + block.mlp_out(new)
-        if self.plan.grain == "mlp_out":
-            return resid + self.run.activations[Site("attn_out", layer)] + new
-        return new
-
-
-class HeadPatches:
-    """Patches of one head at all positions; suffixes start where the item's heads first differ."""
-
     delay = 1
+    # Is a patch in the last block read at later positions too, or at its own position only?
+    meets_later = False
 
     def __init__(self, run: RecordedRun, new: Sequence[Tensor], plan: Plan) -> None:
         self.run, self.new, self.plan = run, new, plan
-        self.n_units = run.model.n_heads
+
+    @staticmethod
+    def of(run: RecordedRun, new: Sequence[Tensor], plan: Plan) -> Patches:
+        made = {"head": HeadPatches, "pattern": PatternPatches, "neuron": NeuronPatches}
+        others = PositionPatches if plan.grain in RESIDUAL_GRAINS else ProjectionPatches
+        return made.get(plan.grain, others)(run, new, plan)
 
     def cells(self, *, skip_equal: bool) -> tuple[Cells, Int[Tensor, " cells"]]:
-        """As of `PositionPatches`."""
-        changed = _changed(self.run, self.new, self.plan, skip_equal=skip_equal)
-        n_positions = changed.shape[2]
-        positions = torch.arange(n_positions, device=changed.device)[:, None]
-        changed[-1] &= positions == self.plan.decision[:, None, None]
-        first = torch.where(changed, positions, n_positions).amin(dim=(0, 2, 3))
-        cells = changed.any(2).transpose(1, 2).nonzero()
-        return cells, first[cells[:, 2]]
+        """The cells that can have an effect, and the position where the suffix of each starts."""
+        plan = self.plan
+        changed = self._changed()  # [layers items positions kinds]
+        if not skip_equal:
+            changed = torch.ones_like(changed)
+        positions = torch.arange(changed.shape[2], device=changed.device)[:, None]
+        reachable = positions[:, 0] <= plan.decision[:, None]
+        if plan.attention_mask is not None:
+            reachable &= plan.attention_mask.bool()
+        changed = changed & reachable[..., None]
+        if not self.meets_later:  # after the last attention only the decision position is read
+            changed[-1] &= positions == plan.decision[:, None, None]
+        if plan.positions is None:
+            n_positions = changed.shape[2]
+            first = torch.where(changed, positions, n_positions).amin(dim=(0, 2, 3))
+            cells = rearrange(changed.any(2), "layers items kinds -> layers kinds items").nonzero()
+            return cells, first[cells[:, 2]]
+        at = plan.positions[None, :, :, None].expand(len(changed), -1, -1, changed.shape[3])
+        changed = changed.gather(2, at)
+        changed = rearrange(changed, "layers items columns kinds -> layers (kinds columns) items")
+        cells = changed.nonzero()
+        return cells, plan.positions[cells[:, 2], cells[:, 1] % plan.n_columns]
 
+    @abstractmethod
     def residuals(
-        self, layer: int, units: Int[Tensor, " rows"], items: Int[Tensor, " rows"], start: int
-    ) -> Float[Tensor, "rows suffix d_model"]:
-        """What leaves block `layer` with one head of each row exchanged."""
-        rows = torch.arange(len(items), device=items.device)
-        z = self.run.activations[Site("head", layer)][:, start:].index_select(0, items)
-        z[rows, :, units] = self.new[layer][items, start:, units]
-        resid = self.run.resid[layer][:, start:].index_select(0, items)
+        self,
+        suffix: Suffix,
+        layer: int,
+        units: Int[Tensor, " rows"],
+        items: Int[Tensor, " rows"],
+    ) -> Resid:
+        """What enters block `layer + delay` of rows with one cell of block `layer` patched."""
+
+    def _kinds(self, units: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        return units.div(self.plan.n_columns, rounding_mode="floor")
+
+    def _old(self, layer: int) -> Float[Tensor, "items positions *site"]:
+        return self.run.activations[Site(self.plan.grain, layer)]
+
+    def _changed(self) -> Bool[Tensor, "layers items positions kinds"]:
+        """Where a patch is not the identity."""
+        differs = [(new != self._old(layer)) for layer, new in enumerate(self.new)]
+        return torch.stack([self._by_kind(d) for d in differs])
+
+    def _by_kind(
+        self, differs: Bool[Tensor, "items positions *site"]
+    ) -> Bool[Tensor, "items positions kinds"]:
+        return differs.any(-1)
+
+    def _write(
+        self,
+        rows: Float[Tensor, "rows suffix kinds *site"],
+        new: Float[Tensor, "items positions kinds *site"],
+        kinds: Int[Tensor, " rows"],
+        items: Int[Tensor, " rows"],
+        start: int,
+    ) -> None:
+        """Write `new` over each row's kind, at all of its positions or, by position, at `start`."""
+        at = torch.arange(len(items), device=items.device)
+        if self.plan.positions is None:
+            rows[at, :, kinds] = new[items, start:, kinds]
+        else:
+            rows[at, 0, kinds] = new[items, start, kinds]
+
+
+class PositionPatches(Patches):
+    """Patches of the residual stream, or of what is added to it, at one position each.
+
+    What follows the attention in a block goes position by position, so it is run there alone. With
+    directions, only the component along one of them is exchanged.
+    """
+
+    def __init__(self, run: RecordedRun, new: Sequence[Tensor], plan: Plan) -> None:
+        super().__init__(run, new, plan)
+        self.delay = 0 if plan.grain == "resid_pre" else 1
+        self.meets_later = plan.grain == "resid_pre"
+
+    def _by_kind(self, differs: Tensor) -> Tensor:
+        return differs.any(-1, keepdim=True).expand(-1, -1, self.plan.n_kinds)
+
+    def residuals(self, suffix: Suffix, layer: int, units: Tensor, items: Tensor) -> Resid:
+        x = self.run.resid[layer + self.delay][:, suffix.start :].index_select(0, items)
+        x[:, :1] = self._patched(
+            layer, self._new(layer, units, items, suffix.start), items, suffix.start
+        )
+        return x
+
+    def _new(
+        self, layer: int, units: Tensor, items: Tensor, position: int
+    ) -> Float[Tensor, "rows 1 d_model"]:
+        given = self.new[layer][items, position]
+        if self.plan.directions is not None:
+            old, along = self._old(layer)[items, position], self.plan.directions[self._kinds(units)]
+            given = old + ((given - old) * along).sum(-1, keepdim=True) * along
+        return given[:, None]
+
+    def _patched(
+        self, layer: int, new: Float[Tensor, "rows 1 d_model"], items: Tensor, position: int
+    ) -> Float[Tensor, "rows 1 d_model"]:
+        block, at = self.run.model.architecture.blocks[layer], slice(position, position + 1)
+        if self.plan.grain == "attn_out":
+            return _after_attention(block, self.run.resid[layer][items, at], new)
+        if self.plan.grain == "resid_mid":
+            return new + block.mlp_out(new)
+        if self.plan.grain == "mlp_out":
+            attn_out = self.run.activations[Site("attn_out", layer)]
+            return self.run.resid[layer][items, at] + attn_out[items, at] + new
+        return new
+
+
+class HeadPatches(Patches):
+    """Patches of heads' outputs."""
+
+    def residuals(self, suffix: Suffix, layer: int, units: Tensor, items: Tensor) -> Resid:
+        z = self._z(layer)[:, suffix.start :].index_select(0, items)
+        self._write(z, self.new[layer], self._kinds(units), items, suffix.start)
+        resid = self.run.resid[layer][:, suffix.start :].index_select(0, items)
         block = self.run.model.architecture.blocks[layer]
         return _after_attention(block, resid, block.attn_out(z))
 
+    def _z(self, layer: int) -> Float[Tensor, "items positions heads d_head"]:
+        return self.run.activations[Site("head", layer)]
 
-def _changed(
-    run: RecordedRun, new: Sequence[Tensor], plan: Plan, *, skip_equal: bool
-) -> Bool[Tensor, "layers items positions *heads"]:
-    """Where a patch is not the identity and stands at a token that the decision can depend on."""
-    old = [run.activations[site] for site in run.model.sites(plan.grain)]
-    pairs = zip(new, old, strict=True)
-    changed = torch.stack([(after != before).any(-1) for after, before in pairs])
-    if not skip_equal:
-        changed[:] = True
-    positions = torch.arange(changed.shape[2], device=changed.device)
-    reachable = positions <= plan.decision[:, None]
-    if plan.attention_mask is not None:
-        reachable &= plan.attention_mask.bool()
-    return changed & reachable.reshape(*reachable.shape, *[1] * (changed.ndim - 3))
+
+class PatternPatches(HeadPatches):
+    """Patches of attention patterns: the heads' outputs that they give with the run's own values.
+
+    A column of a result is a query position.
+    """
+
+    def __init__(self, run: RecordedRun, new: Sequence[Tensor], plan: Plan) -> None:
+        super().__init__(run, new, plan)
+        self.patterns = new
+        self.new = []
+        for layer, pattern in enumerate(new):
+            values = run.activations.key_values[layer].values
+            assert values is not None
+            values = values.repeat_interleave(run.model.n_heads // run.model.n_kv_heads, dim=1)
+            self.new.append(rearrange(pattern.to(values) @ values, "i h q d -> i q h d"))
+
+    def _changed(self) -> Bool[Tensor, "layers items positions heads"]:
+        pairs = [(new, self._old(layer)) for layer, new in enumerate(self.patterns)]
+        differs = torch.stack([(new != old).any(-1) for new, old in pairs])
+        return rearrange(differs, "layers items heads query -> layers items query heads")
+
+
+class ProjectionPatches(Patches):
+    """Patches of queries, keys or values: the block's own attention goes on from them.
+
+    So norms of queries and keys, rotary embedding, soft caps and windows are the network's.
+    """
+
+    def __init__(self, run: RecordedRun, new: Sequence[Tensor], plan: Plan) -> None:
+        super().__init__(run, new, plan)
+        self.meets_later = plan.grain in ("k", "v")
+
+    def residuals(self, suffix: Suffix, layer: int, units: Tensor, items: Tensor) -> Resid:
+        def write(projected: Float[Tensor, "rows suffix heads d_head"]) -> None:
+            self._write(projected, self.new[layer], self._kinds(units), items, suffix.start)
+
+        location = self.run.model.architecture.blocks[layer].location(Site(self.plan.grain, layer))
+        resid = self.run.resid[layer][:, suffix.start :].index_select(0, items)
+        hook = location.on_write(write)
+        try:
+            return suffix.block(layer, resid, items)
+        finally:
+            hook.remove()
+
+
+class NeuronPatches(Patches):
+    """Patches of MLP neurons, after the activation function and gate."""
+
+    def __init__(self, run: RecordedRun, new: Sequence[Tensor], plan: Plan) -> None:
+        assert plan.neurons is not None
+        super().__init__(run, [values[..., plan.neurons] for values in new], plan)
+        self.neurons = plan.neurons
+
+    def _old(self, layer: int) -> Float[Tensor, "items positions neurons"]:
+        return super()._old(layer)[..., self.neurons]
+
+    def _by_kind(self, differs: Tensor) -> Tensor:
+        return differs
+
+    def residuals(self, suffix: Suffix, layer: int, units: Tensor, items: Tensor) -> Resid:
+        kinds, start = self._kinds(units), suffix.start
+        active = self.run.activations[Site("neuron", layer)][:, start:].index_select(0, items)
+        at = torch.arange(len(items), device=items.device)
+        if self.plan.positions is None:
+            active[at, :, self.neurons[kinds]] = self.new[layer][items, start:, kinds]
+        else:
+            active[at, 0, self.neurons[kinds]] = self.new[layer][items, start, kinds]
+        block = self.run.model.architecture.blocks[layer]
+        mlp_out = block.mlp_projection(active)
+        if block.mlp_post_norm is not None:
+            mlp_out = block.mlp_post_norm(mlp_out)
+        attn_out = self.run.activations[Site("attn_out", layer)]
+        resid = self.run.resid[layer]
+        before = (resid[:, start:] + attn_out[:, start:]).index_select(0, items)
+        return before + mlp_out
+
+
+def sites_needed(plan: Plan) -> set[str]:
+    """Grains that a recorded run must keep for a plan's patches."""
+    extra = {"mlp_out": "attn_out", "neuron": "attn_out", "pattern": "head"}
+    return {plan.grain, extra.get(plan.grain, plan.grain)}
 
 
 def _after_attention(

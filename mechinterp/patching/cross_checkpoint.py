@@ -18,11 +18,17 @@ from torch import Tensor
 
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
+from mechinterp.patching.memory import items_per_batch, memory_budget
 from mechinterp.patching.metrics import Metric
 from mechinterp.patching.plan import Plan, Positions, make_plan
-from mechinterp.patching.result import PatchingResult, average_by_role, pooled_recovery
-from mechinterp.patching.suffix import resumable
-from mechinterp.patching.sweep import check_source, items_per_batch, patch_sites
+from mechinterp.patching.result import (
+    PatchingResult,
+    average_by_role,
+    make_result,
+    pooled_recovery,
+)
+from mechinterp.patching.suffix import find_obstacle
+from mechinterp.patching.sweeps import check_source, patch_sites
 from mechinterp.randomness import derive_generator
 
 Roles = Shaped[np.ndarray, "items positions"]
@@ -58,7 +64,7 @@ class CrossPatching:
         else:
             units = _unit_names(result)
         ratio, stderr = pooled_recovery(effect, result.gap.double().cpu())
-        n_layers, n_units, _ = effect.shape
+        _, n_layers, n_units = effect.shape
         return pd.DataFrame(
             {
                 "grain": result.grain,
@@ -70,8 +76,8 @@ class CrossPatching:
                 "stderr": stderr.flatten().numpy(),
                 "low": (ratio - 1.96 * stderr).flatten().numpy(),
                 "high": (ratio + 1.96 * stderr).flatten().numpy(),
-                "raw_effect": effect.nanmean(-1).flatten().numpy(),
-                "n_items": (~effect.isnan()).sum(-1).flatten().numpy(),
+                "raw_effect": effect.nanmean(0).flatten().numpy(),
+                "n_items": (~effect.isnan()).sum(0).flatten().numpy(),
             }
         )
 
@@ -90,7 +96,7 @@ def patch_across(
     seed: int = 0,
     attention_mask: Int[Tensor, "items positions"] | None = None,
     decision: int | Int[Tensor, " items"] = -1,
-    memory_mb: int = 128,
+    memory_mb: int | None = None,
 ) -> CrossPatching:
     """Patch `source`'s activations into `target`, both run on `tokens`, one site at a time.
 
@@ -121,11 +127,12 @@ def patch_across(
         decision=decision,
         attention_mask=attention_mask,
     )
-    method = "suffix" if resumable(target, tokens) else "loop"
+    obstacle = find_obstacle(target, tokens)
+    budget = memory_budget(target.device) if memory_mb is None else memory_mb * 2**20
     draws = [_Directions.draw(target, plan, tokens, roles, seed, i) for i in range(n_controls)]
     values: list[list[Tensor]] = [[] for _ in range(1 + n_controls)]
     target_metric, source_metric = [], []
-    for rows, part in plan.batches(items_per_batch(target, tokens, memory_mb)):
+    for rows, part in plan.batches(items_per_batch(target, tokens, 1, budget)):
         given, score = part.capture(source, tokens[rows].to(source.device))
         given = [activations.to(target.device, target.dtype) for activations in given]
         own, own_score = part.capture(target, tokens[rows])
@@ -134,18 +141,17 @@ def patch_across(
         patches = [given] + [directions.step(rows, own, given) for directions in draws]
         for kept, new in zip(values, patches, strict=True):
             patched, _ = patch_sites(
-                target, tokens[rows], new, part, method=method, memory_mb=memory_mb
+                target, tokens[rows], new, part, obstacle=obstacle, budget=budget
             )
             kept.append(patched)
     results = [
-        PatchingResult(
-            grain=grain,
+        make_result(
+            plan,
+            torch.cat(kept, dim=-1)[0],
+            torch.cat(target_metric, dim=-1)[0],
+            torch.cat(source_metric, dim=-1)[0],
             direction="denoising",
-            method=method,
-            values=torch.cat(kept, dim=-1),
-            corrupt_metric=torch.cat(target_metric),
-            clean_metric=torch.cat(source_metric),
-            positions=plan.positions,
+            method="suffix" if obstacle is None else f"loop: {obstacle}",
         )
         for kept in values
     ]
@@ -213,7 +219,7 @@ class _Directions:
 
 
 def _unit_names(result: PatchingResult) -> np.ndarray:
-    n_units = result.values.shape[1]
+    n_units = result.values.shape[2]
     if result.positions is None:
         return np.array([f"head {head}" for head in range(n_units)])
     if bool((result.positions == result.positions[:1]).all()):

@@ -32,16 +32,16 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Logit of each item's right token minus that of its wrong one. Made by `logit_diff`."""
+    """Logit of each item's correct token less that of its wrong one. Made by `logit_difference`."""
 
     token_ids: Int[Tensor, " tokens"]
-    right: Int[Tensor, " items"]  # column of each item's right token
+    correct: Int[Tensor, " items"]  # column of each item's correct token
     wrong: Int[Tensor, " items"]
 
     def __call__(
         self, logits: Float[Tensor, "rows tokens"], items: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
-        return _pick(logits, self.right, items) - _pick(logits, self.wrong, items)
+        return _pick(logits, self.correct, items) - _pick(logits, self.wrong, items)
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,21 @@ class LogProbability:
         return _pick(logits, self.right, items) - logits.logsumexp(dim=1)
 
 
-def logit_diff(right: Int[Tensor, " items"], wrong: Int[Tensor, " items"]) -> LogitDifference:
-    """Logit of `right[item]` minus logit of `wrong[item]`; both are token ids, one per item."""
-    if right.shape != wrong.shape or right.ndim != 1:
+def logit_difference(
+    *, correct: Int[Tensor, " items"], wrong: Int[Tensor, " items"]
+) -> LogitDifference:
+    """Logit of `correct[item]` minus logit of `wrong[item]`; both are token ids, one per item."""
+    if correct.shape != wrong.shape or correct.ndim != 1:
         raise AnalysisError(
-            f"logit_diff: right and wrong must hold one token id per item, "
-            f"got shapes {tuple(right.shape)} and {tuple(wrong.shape)}"
+            f"logit_difference: correct and wrong must hold one token id per item, "
+            f"got shapes {tuple(correct.shape)} and {tuple(wrong.shape)}"
         )
-    token_ids, columns = torch.unique(torch.cat([right, wrong]), return_inverse=True)
-    return LogitDifference(token_ids, columns[: len(right)], columns[len(right) :])
+    token_ids, columns = torch.unique(torch.cat([correct, wrong]), return_inverse=True)
+    return LogitDifference(token_ids, columns[: len(correct)], columns[len(correct) :])
+
+
+def logit_diff(right: Tensor, wrong: Tensor) -> LogitDifference:  # until all callers have moved
+    return logit_difference(correct=right, wrong=wrong)
 
 
 def action_log_odds(actions: Sequence[int], labels: Int[Tensor, " items"]) -> ActionLogOdds:

@@ -1,7 +1,7 @@
 """What to patch in besides another prompt's activations: means, zeros, resampled items.
 
 Everything here gives a list of tensors, one per layer, of one grain's activations for the items to
-be patched: what `mechinterp.patching.sweep.patch_sites` takes as `new`. Activations of another
+be patched: what `mechinterp.patching.sweeps.patch_sites` takes as `new`. Activations of another
 checkpoint come from `mechinterp.patching.stored`, so that one model at a time is in memory.
 """
 

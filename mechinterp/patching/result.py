@@ -1,4 +1,4 @@
-"""What a sweep leaves: one value per cell and item, and the tidy tables made from it."""
+"""What a sweep leaves: one value per item and cell, and the tidy tables made from it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mechinterp.errors import AnalysisError
+from mechinterp.patching.plan import Plan
 
 MIN_GAP = 1e-3  # in units of the metric; below it an item has no scale to normalise by
 
@@ -20,20 +21,24 @@ MIN_GAP = 1e-3  # in units of the metric; below it an item has no scale to norma
 class PatchingResult:
     """The metric after each patch, per item, with the two unpatched runs it lies between.
 
-    `values[l, u, i]` is item i's metric with one site patched: layer l and, for the position
-    grains, the position `positions[i, u]`; for grain "head", head u at all positions. `direction`
-    is "denoising" (clean activations into the corrupt run) or "noising" (corrupt into clean).
-    Across checkpoints the receiving network's run counts as corrupt, the giving network's as clean.
-    `method` is "suffix" (the fast exact engine) or "loop" (one full forward per cell).
+    `axes` names the axes of `values`: item, layer, then what was patched there: position, head,
+    kv_head, neuron or direction, and for a head, neuron or direction at one position each both.
+    Along "position" item i has the columns `positions[i]`; `neurons` names those along "neuron".
+    `direction` is "denoising" (clean activations into the corrupt run) or "noising" (corrupt into
+    clean). Across checkpoints the receiving network's run counts as corrupt, the giving network's
+    as clean. `method` is "suffix" (the fast exact engine) or "loop" (one full forward per cell),
+    with the reason.
     """
 
     grain: str
     direction: str
     method: str
-    values: Float[Tensor, "layers units items"]
+    axes: tuple[str, ...]
+    values: Float[Tensor, "items layers *units"]
     corrupt_metric: Float[Tensor, " items"]
     clean_metric: Float[Tensor, " items"]
-    positions: Int[Tensor, "items units"] | None  # None for grain "head"
+    positions: Int[Tensor, "items columns"] | None = None
+    neurons: Int[Tensor, " neurons"] | None = None
 
     @property
     def gap(self) -> Float[Tensor, " items"]:
@@ -42,17 +47,30 @@ class PatchingResult:
         return gap if self.direction == "denoising" else -gap
 
     @property
-    def effect(self) -> Float[Tensor, "layers units items"]:
-        """What each patch changed, in units of the metric."""
-        return self.values - (
-            self.corrupt_metric if self.direction == "denoising" else self.clean_metric
-        )
+    def baseline(self) -> Float[Tensor, " items"]:
+        """The metric of the run that is patched."""
+        return self.corrupt_metric if self.direction == "denoising" else self.clean_metric
 
     @property
-    def recovery(self) -> Float[Tensor, "layers units items"]:
+    def effect(self) -> Float[Tensor, "items layers *units"]:
+        """What each patch changed, in units of the metric."""
+        return self.values - self._per_item(self.baseline)
+
+    @property
+    def normalized(self) -> Float[Tensor, "items layers *units"]:
         """effect / gap: 0 if the patch did nothing, 1 if it did all; NaN where |gap| < MIN_GAP."""
         gap = torch.where(self.gap.abs() < MIN_GAP, torch.nan, self.gap)
-        return self.effect / gap
+        return self.effect / self._per_item(gap)
+
+    @property
+    def mean(self) -> Float[Tensor, "layers *units"]:
+        """The effect's mean over items."""
+        return self.effect.mean(0)
+
+    @property
+    def stderr(self) -> Float[Tensor, "layers *units"]:
+        """The standard error of `mean`."""
+        return self.effect.std(0) / len(self.values) ** 0.5
 
     def select(self, index: Tensor | np.ndarray | slice) -> PatchingResult:
         """The result for the items at `index` (a slice, an index array or a mask)."""
@@ -60,52 +78,85 @@ class PatchingResult:
             index = torch.as_tensor(index)
         return replace(
             self,
-            values=self.values[..., index],
+            values=self.values[index],
             corrupt_metric=self.corrupt_metric[index],
             clean_metric=self.clean_metric[index],
             positions=None if self.positions is None else self.positions[index],
         )
 
+    def labels(self, axis: str) -> np.ndarray:
+        """What stands at each index of `axis`; columns of `positions` that differ between items
+        are numbered."""
+        positions = self.positions
+        if axis == "position" and positions is not None and (positions == positions[:1]).all():
+            return positions[0].cpu().numpy()
+        if axis == "neuron" and self.neurons is not None:
+            return self.neurons.cpu().numpy()
+        return np.arange(self.values.shape[self.axes.index(axis)])
+
     def to_table(self) -> pd.DataFrame:
-        """One row per (layer, position) or (layer, head): see `by_role` for the columns.
+        """One row per cell, with a column for each axis after item: see `by_role` for the others.
 
-        With positions that differ between items, `unit` is the column of `positions`.
+        With positions that differ between items, `position` is called `column`.
         """
-        n_units = self.values.shape[1]
-        if self.positions is None:
-            name, labels = "head", np.arange(n_units)
-        elif bool((self.positions == self.positions[:1]).all()):
-            name, labels = "position", self.positions[0].cpu().numpy()
-        else:
-            name, labels = "unit", np.arange(n_units)
-        return self._summarise(name, labels, self.effect, self.recovery)
+        labels = {axis: self.labels(axis) for axis in self.axes[1:]}
+        if self.positions is not None and bool((self.positions != self.positions[:1]).any()):
+            labels = {"column" if axis == "position" else axis: x for axis, x in labels.items()}
+        return self.summarise(labels, self.effect, self.normalized)
 
-    def _summarise(
+    def summarise(
         self,
-        name: str,
-        labels: np.ndarray,
-        effect: Float[Tensor, "layers units items"],
-        recovery: Float[Tensor, "layers units items"],
+        labels: dict[str, np.ndarray],
+        effect: Float[Tensor, "items *cells"],
+        normalized: Float[Tensor, "items *cells"],
     ) -> pd.DataFrame:
-        effect, recovery = effect.double().cpu(), recovery.double().cpu()
-        n_layers, n_units, _ = effect.shape
+        """One row per cell of `effect`, whose axes after item are `labels`."""
+        effect, normalized = effect.double().cpu(), normalized.double().cpu()
         pooled, pooled_stderr = pooled_recovery(effect, self.gap.double().cpu())
-        mean, stderr, n_items = _mean_and_stderr(recovery)
-        layers, units = np.meshgrid(np.arange(n_layers), np.arange(n_units), indexing="ij")
+        mean, stderr, n_items = _mean_and_stderr(normalized)
+        grid = np.meshgrid(*labels.values(), indexing="ij")
         return pd.DataFrame(
             {
                 "grain": self.grain,
                 "direction": self.direction,
-                "layer": layers.ravel(),
-                name: labels[units.ravel()],
+                **{name: values.ravel() for name, values in zip(labels, grid, strict=True)},
                 "recovery": mean.ravel().numpy(),
                 "stderr": stderr.ravel().numpy(),
                 "n_items": n_items.ravel().numpy(),
                 "pooled_recovery": pooled.ravel().numpy(),
                 "pooled_stderr": pooled_stderr.ravel().numpy(),
-                "effect": effect.nanmean(-1).ravel().numpy(),
+                "effect": effect.nanmean(0).ravel().numpy(),
             }
         )
+
+    def _per_item(self, values: Float[Tensor, " items"]) -> Float[Tensor, "items *ones"]:
+        return values.reshape(-1, *[1] * (self.values.ndim - 1))
+
+
+def make_result(
+    plan: Plan,
+    values: Float[Tensor, "layers units items"],
+    base_metric: Float[Tensor, " items"],
+    given_metric: Float[Tensor, " items"],
+    *,
+    direction: str,
+    method: str,
+) -> PatchingResult:
+    """What the engine found, with its units unfolded and the two runs named."""
+    metrics = (base_metric, given_metric)
+    corrupt_metric, clean_metric = metrics if direction == "denoising" else metrics[::-1]
+    by_item = rearrange(values, "layers units items -> items layers units")
+    return PatchingResult(
+        grain=plan.grain,
+        direction=direction,
+        method=method,
+        axes=plan.axes,
+        values=by_item.reshape(*by_item.shape[:2], *plan.unit_shape).contiguous(),
+        corrupt_metric=corrupt_metric,
+        clean_metric=clean_metric,
+        positions=plan.positions,
+        neurons=plan.neurons,
+    )
 
 
 def by_role(result: PatchingResult, roles: Shaped[np.ndarray, "items positions"]) -> pd.DataFrame:
@@ -119,27 +170,31 @@ def by_role(result: PatchingResult, roles: Shaped[np.ndarray, "items positions"]
     steadier where some items' gaps are small), effect (mean change of the metric).
 
     Raises:
-        AnalysisError: the result is not by position, or `roles` does not cover its positions.
+        AnalysisError: the result is not by layer and position, or `roles` does not cover it.
     """
     names, effect = average_by_role(result, roles, result.effect)
-    _, recovery = average_by_role(result, roles, result.recovery)
-    return result._summarise("role", names, effect, recovery)
+    _, normalized = average_by_role(result, roles, result.normalized)
+    labels = {"layer": result.labels("layer"), "role": names}
+    return result.summarise(labels, effect, normalized)
 
 
 def average_by_role(
     result: PatchingResult,
     roles: Shaped[np.ndarray, "items positions"],
-    values: Float[Tensor, "layers units items"],
-) -> tuple[np.ndarray, Float[Tensor, "layers roles items"]]:
+    values: Float[Tensor, "items layers columns"],
+) -> tuple[np.ndarray, Float[Tensor, "items layers roles"]]:
     """The distinct roles at a result's positions, sorted, and each item's mean over each.
 
     NaN where an item lacks the role.
 
     Raises:
-        AnalysisError: the result is not by position, or `roles` does not cover its positions.
+        AnalysisError: the result is not by layer and position, or `roles` does not cover it.
     """
-    if result.positions is None:
-        raise AnalysisError(f"roles: a sweep over {result.grain} patches all positions together")
+    if result.positions is None or result.axes != ("item", "layer", "position"):
+        raise AnalysisError(
+            f"roles: a sweep over {result.grain} with axes {', '.join(result.axes)} is not by "
+            "layer and position alone"
+        )
     positions = result.positions.cpu().numpy()
     roles = np.asarray(roles).astype(str)
     if roles.ndim != 2 or len(roles) != len(positions) or roles.shape[1] <= positions.max():
@@ -148,17 +203,17 @@ def average_by_role(
             f"({len(positions)}, {positions.max() + 1}), got shape {roles.shape}"
         )
     names, codes = np.unique(np.take_along_axis(roles, positions, axis=1), return_inverse=True)
-    codes = torch.as_tensor(rearrange(codes.reshape(positions.shape), "i u -> u i"))
-    index = codes.expand(len(values), -1, -1)
+    codes = torch.as_tensor(codes.reshape(positions.shape))
     values = values.cpu()
-    empty = values.new_zeros(len(values), len(names), values.shape[-1])
-    total = empty.scatter_add(1, index, values)
-    count = empty.scatter_add(1, index, torch.ones_like(values))
+    index = codes[:, None].expand(-1, values.shape[1], -1)
+    empty = values.new_zeros(*values.shape[:2], len(names))
+    total = empty.scatter_add(2, index, values)
+    count = empty.scatter_add(2, index, torch.ones_like(values))
     return names, total / count  # 0 / 0 = NaN
 
 
 def pooled_recovery(
-    effect: Float[Tensor, "*cells items"], gap: Float[Tensor, " items"]
+    effect: Float[Tensor, "items *cells"], gap: Float[Tensor, " items"]
 ) -> tuple[Float[Tensor, " *cells"], Float[Tensor, " *cells"]]:
     """Ratio of means, mean(effect) / mean(gap), and its standard error (delta method over items).
 
@@ -166,24 +221,25 @@ def pooled_recovery(
     opposite directions do not cancel. NaN effects drop their item; NaN where the mean |gap| is
     below MIN_GAP or, for the standard error, with a single item.
     """
+    gap = gap.reshape(-1, *[1] * (effect.ndim - 1))
     oriented = effect * gap.sign()
     present = ~oriented.isnan()
-    n = present.sum(-1).to(effect.dtype)
+    n = present.sum(0).to(effect.dtype)
     size = torch.where(present, gap.abs(), 0.0)
-    mean_size = size.sum(-1) / n
+    mean_size = size.sum(0) / n
     mean_size = torch.where(mean_size < MIN_GAP, torch.nan, mean_size)
-    ratio = oriented.nansum(-1) / n / mean_size
-    residual = torch.where(present, oriented - ratio[..., None] * size, 0.0)
-    variance = residual.square().sum(-1) / (n * (n - 1))  # n == 1: 0 / 0 = NaN
+    ratio = oriented.nansum(0) / n / mean_size
+    residual = torch.where(present, oriented - ratio * size, 0.0)
+    variance = residual.square().sum(0) / (n * (n - 1))  # n == 1: 0 / 0 = NaN
     return ratio, variance.sqrt() / mean_size
 
 
 def _mean_and_stderr(
-    values: Float[Tensor, "*cells items"],
+    values: Float[Tensor, "items *cells"],
 ) -> tuple[Float[Tensor, " *cells"], Float[Tensor, " *cells"], Int[Tensor, " *cells"]]:
     """Mean, standard error and count over the items that are not NaN."""
     present = ~values.isnan()
-    n = present.sum(-1)
-    mean = values.nanmean(-1)
-    residual = torch.where(present, values - mean[..., None], 0.0)
-    return mean, (residual.square().sum(-1) / (n * (n - 1))).sqrt(), n
+    n = present.sum(0)
+    mean = values.nanmean(0)
+    residual = torch.where(present, values - mean, 0.0)
+    return mean, (residual.square().sum(0) / (n * (n - 1))).sqrt(), n

@@ -22,7 +22,7 @@ from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Activations
 from mechinterp.sites import Site
 
-TOLERANCE = 1e-4  # of the largest residual, when `resumable` compares two ways to one number
+TOLERANCE = 1e-4  # of the largest residual, when `find_obstacle` compares two ways to one number
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def record(
 
 
 @torch.no_grad()
-def resumable(model: HookedModel, tokens: Int[Tensor, "items positions"]) -> bool:
-    """Whether a run of this network can be resumed, found by trying it on the first item.
+def find_obstacle(model: HookedModel, tokens: Int[Tensor, "items positions"]) -> str | None:
+    """Why a run of this network cannot be resumed, or None; found by trying it on the first item.
 
     Two things must hold: another last token leaves all earlier positions as they were (causality),
     and a run resumed half-way, with nothing changed, arrives where the recorded one did (positions
@@ -130,7 +130,7 @@ def resumable(model: HookedModel, tokens: Int[Tensor, "items positions"]) -> boo
     probe[1, -1] = (probe[1, -1] + 1) % model.d_vocab
     run = record(model, probe, attention_mask=torch.ones_like(probe))
     if any(cache.keys is None for cache in run.activations.key_values):
-        return False
+        return "keys and values are not cached"
     final = run.resid[-1]
     items = torch.arange(2, device=final.device)
     suffix = run.suffix(probe.shape[1] // 2)
@@ -139,5 +139,8 @@ def resumable(model: HookedModel, tokens: Int[Tensor, "items positions"]) -> boo
         x = suffix.block(layer, x, items)
     x = suffix.last_block(x, items, probe.shape[1] - 1)
     atol = TOLERANCE * float(final.abs().max())
-    causal = torch.allclose(final[0, :-1], final[1, :-1], rtol=0, atol=atol)
-    return causal and torch.allclose(x, final[:, -1:], rtol=0, atol=atol)
+    if not torch.allclose(final[0, :-1], final[1, :-1], rtol=0, atol=atol):
+        return "attention is not causal"
+    if not torch.allclose(x, final[:, -1:], rtol=0, atol=atol):
+        return "positions meet outside attention"
+    return None

@@ -125,6 +125,20 @@ def patch(
 
 
 @app.command()
+def circuits(
+    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    task: Task,
+    out: Out,
+    after: After = None,
+    control: Control = None,
+    threads: Threads = 1,
+) -> None:
+    """The edges that carry the decision, how much of it they keep, and whether they are the same
+    after."""
+    _analyse("circuits", "circuits", before, after, control, task, out, threads)
+
+
+@app.command()
 def figures(
     directory: Annotated[Path, typer.Argument(help="What a study or comparison left.")],
     only: Annotated[Optional[list[str]], typer.Option(help="Figure to draw; repeatable.")] = None,  # noqa: UP045

@@ -75,6 +75,7 @@ class AnalysisSpec(StrictModel):
     probe_folds: int = Field(5, ge=3)
     patch_pairs: int = Field(128, ge=2)
     patch_grains: tuple[PatchGrain, ...] = ("resid_pre", "attn_out", "mlp_out", "head")
+    circuit_steps: int = Field(5, ge=1)
     crossing_items: int = Field(6_000, ge=60)
     calibration_bins: int = Field(10, ge=2)
     max_layers: int = Field(12, ge=2)

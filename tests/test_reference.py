@@ -154,7 +154,7 @@ def test_shapes_are_those_captured(family):
 
 
 @pytest.mark.parametrize("what", ["mean", "zero", "resampled"])
-@pytest.mark.parametrize("grain", ["resid_mid", "mlp_out", "head"])
+@pytest.mark.parametrize("grain", ["resid_mid", "mlp_out", "head", "q", "k", "v", "pattern"])
 def test_they_can_be_patched_in(what, grain):
     """The sweep with each of them, against one full forward pass with plain hooks per cell."""
     model = shared_model("llama")
@@ -265,7 +265,7 @@ def test_stored_activations_patch_like_those_in_memory(tmp_path):
         attention_mask=None,
     )
     given, score = plan.capture(source, TOKENS)
-    torch.testing.assert_close(stored.metric, score, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stored.metric, score[0], rtol=0, atol=1e-5)
     found, _ = patch_sites(target, TOKENS, StoredActivations.open(stored.path, target), plan)
     expected, _ = patch_sites(target, TOKENS, given, plan)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

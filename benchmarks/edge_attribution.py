@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.edge_attribution import EdgeAttribution, attribute_edges
 from mechinterp.patching.graph import Graph, Node
-from mechinterp.patching.metrics import LogitDifference, logit_diff
+from mechinterp.patching.metrics import LogitDifference, logit_difference
 
 N_POSITIONS, VOCABULARY = 16, 1000
 TOLERANCE = 1e-4  # of the largest score
@@ -110,7 +110,8 @@ def measure(model: HookedModel, n_items: int, n_pairs: int) -> None:
     clean = torch.randint(VOCABULARY, (n_items, N_POSITIONS))
     corrupt = torch.randint(VOCABULARY, (n_items, N_POSITIONS))
     pairs = {"clean": clean, "corrupt": corrupt}
-    metric = logit_diff(*torch.randint(VOCABULARY, (2, n_items)))
+    correct, wrong = torch.randint(VOCABULARY, (2, n_items))
+    metric = logit_difference(correct=correct, wrong=wrong)
     ours = partial(attribute_edges, model, **pairs, metric=metric)
     runs = {
         "EAP": ours,

@@ -16,12 +16,13 @@ from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention
 from mechinterp.patching.attribution import AXES, attribute, attribute_grains
 from mechinterp.patching.gradients import in_batches, path_points
-from mechinterp.patching.metrics import log_prob, logit_diff
+from mechinterp.patching.metrics import log_prob, logit_difference
 from mechinterp.patching.screening import measure_trust, patch_cells, screen
+from mechinterp.patching.sweeps import sweep
 from mechinterp.sites import Site
 
 N_ITEMS, N_POSITIONS = 3, 6
-METRIC = logit_diff(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7]))
+METRIC = logit_difference(correct=torch.tensor([1, 2, 3]), wrong=torch.tensor([5, 6, 7]))
 RESIDUAL = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
 
 
@@ -123,7 +124,8 @@ def test_positions_of_heads_add_up(family, grain):
     n_heads = N_KV_HEADS if grain in "kv" and model(family).n_kv_heads < N_HEADS else N_HEADS
     assert whole.effect.shape == (N_ITEMS, N_LAYERS, n_heads)
     assert parts.effect.shape == (N_ITEMS, N_LAYERS, n_heads, N_POSITIONS)
-    assert parts.axes == ("item", "layer", "head", "position")
+    head = "kv_head" if n_heads == N_KV_HEADS else "head"
+    assert parts.axes == ("item", "layer", head, "position")
     torch.testing.assert_close(parts.effect.sum(-1), whole.effect, rtol=1e-4, atol=1e-5)
 
 
@@ -349,7 +351,7 @@ def test_padded_batches_equal_single_items(side, options):
     for item, length in enumerate(lengths):
         real = slice(N_POSITIONS - length, None) if side == "left" else slice(length)
         one = {name: tokens[item : item + 1, real] for name, tokens in prompts.items()}
-        metric = logit_diff(torch.tensor([1 + item]), torch.tensor([5 + item]))
+        metric = logit_difference(correct=torch.tensor([1 + item]), wrong=torch.tensor([5 + item]))
         alone = attribute_grains(hooked, **one, metric=metric, **options)
         for grain in grains:
             torch.testing.assert_close(
@@ -474,6 +476,33 @@ def test_screened_cells_are_patched_exactly(family, grain, by_position):
     np.testing.assert_allclose(table["effect"], found.effect.mean(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("grain", ["resid_pre", "k", "head"])
+def test_screening_everything_is_the_exact_sweep(grain):
+    hooked, prompts = model("llama"), pairs()
+    found = screen(hooked, **prompts, grain=grain, metric=METRIC, top_k=1000)
+    exact = sweep(hooked, **prompts, grain=grain, metric=METRIC)
+    assert found.attribution.axes == exact.axes
+    whole = torch.zeros_like(exact.values)
+    whole[(slice(None), *found.cells.unbind(1))] = found.effect
+    torch.testing.assert_close(whole, exact.effect, rtol=1e-3, atol=1e-4)
+    correlation = np.corrcoef(
+        *(x.mean(0)[tuple(found.cells.T)] for x in (found.attribution.effect, whole))
+    )
+    assert found.trust.pearson == pytest.approx(correlation[0, 1], abs=1e-4)
+    assert np.isnan(found.trust.miss_rate)  # nothing was left to sample
+
+
+def test_results_look_like_those_of_a_sweep():
+    found = attribute(
+        model("llama"), **pairs(), grain="mlp_out", metric=METRIC, direction="noising"
+    )
+    torch.testing.assert_close(found.values[:, 2, 3] - found.clean_metric, found.effect[:, 2, 3])
+    torch.testing.assert_close(found.normalized[:, 2, 3], found.effect[:, 2, 3] / found.gap)
+    expected = found.effect.std(0) / N_ITEMS**0.5
+    torch.testing.assert_close(found.stderr, expected)
+    assert found.labels("position").tolist() == list(range(N_POSITIONS))
+
+
 def test_screening_keeps_to_cells_that_can_have_an_effect():
     found = screen(
         model("llama"), **pairs(), grain="resid_pre", metric=METRIC, top_k=3, n_sampled=100
@@ -529,9 +558,9 @@ def test_tables_carry_the_trust():
     found = attribute(model("llama"), **pairs(), grain="k", metric=METRIC, by_position=True)
     assert found.trust is None
     table = found.to_table()
-    assert list(table.columns[3:6]) == ["layer", "head", "position"]
+    assert list(table.columns[3:6]) == ["layer", "kv_head", "position"]
     assert len(table) == N_LAYERS * N_KV_HEADS * N_POSITIONS
-    row = table.query("layer == 1 and head == 0 and position == 5").iloc[0]
+    row = table.query("layer == 1 and kv_head == 0 and position == 5").iloc[0]
     assert row["effect"] == pytest.approx(float(found.effect[:, 1, 0, 5].mean()))
     assert np.isnan(row["spearman"])
     screened = screen(model("llama"), **pairs(), grain="k", metric=METRIC, top_k=2)

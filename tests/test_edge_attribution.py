@@ -19,7 +19,9 @@ from tiny_models import (
     tiny_model,
 )
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mechinterp.errors import AnalysisError
@@ -28,10 +30,10 @@ from mechinterp.patching.attribution import attribute_grains
 from mechinterp.patching.edge_attribution import METHODS, attribute_edges
 from mechinterp.patching.gradients import path_points
 from mechinterp.patching.graph import Graph, Node
-from mechinterp.patching.metrics import logit_diff
+from mechinterp.patching.metrics import logit_difference
 
 N_ITEMS, N_POSITIONS = 2, 5
-METRIC = logit_diff(torch.tensor([1, 2]), torch.tensor([5, 6]))
+METRIC = logit_difference(correct=torch.tensor([1, 2]), wrong=torch.tensor([5, 6]))
 
 
 @cache
@@ -446,7 +448,7 @@ def test_padded_batches_equal_single_items(method, side):
     )
     for item in range(N_ITEMS):
         one = {name: tokens[item : item + 1, real[item]] for name, tokens in pair.items()}
-        metric = logit_diff(torch.tensor([1 + item]), torch.tensor([5 + item]))
+        metric = logit_difference(correct=torch.tensor([1 + item]), wrong=torch.tensor([5 + item]))
         alone = attribute_edges(hooked, **one, metric=metric, method=method)
         torch.testing.assert_close(
             padded.item_scores[item], alone.scores, rtol=1e-3, atol=1e-4, equal_nan=True
@@ -460,6 +462,38 @@ def test_small_memory_gives_the_same(method):
     assert whole.item_scores is None
     torch.testing.assert_close(whole.scores, small.scores, rtol=1e-3, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(whole.clean_metric, small.clean_metric)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_does_not_grow_with_edges_times_tokens(method):
+    n_positions, width = 32, 8
+    config = GPT2Config(
+        vocab_size=D_VOCAB, n_embd=width, n_layer=6, n_head=4, bos_token_id=None, eos_token_id=None
+    )
+    hooked = HookedModel(GPT2LMHeadModel._from_config(config, attn_implementation="eager").eval())
+    graph = Graph.of(hooked)
+    clean, corrupt = (random_tokens(1, n_positions, seed=seed) for seed in (1, 2))
+    n_steps = None if method == "EAP" else 2
+    with _LargestTensor() as seen:
+        attribute_edges(
+            hooked, clean=clean, corrupt=corrupt, metric=METRIC, method=method, n_steps=n_steps
+        )
+    # The writers' differences, or with two steps as rows the attention patterns.
+    assert seen.largest <= max(len(graph.writers) * width, 2 * 4 * n_positions) * n_positions
+    assert graph.n_edges * n_positions > 4 * seen.largest
 
 
 def test_directions_mirror_each_other_and_own_activations_do_nothing():

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from einops import reduce
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.contexts import Context
@@ -26,6 +25,7 @@ from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention
 from mechinterp.patching.attention_fix import saturated_effects
+from mechinterp.patching.attribution_result import Attribution
 from mechinterp.patching.gradients import (
     PromptPairs,
     dropping_gradients,
@@ -41,11 +41,6 @@ from mechinterp.patching.gradients import (
 from mechinterp.patching.metrics import Metric
 from mechinterp.sites import Site
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mechinterp.patching.screening import Trust
-
 # What the dimensions of a site's activations are, after the item's.
 AXES = {
     **dict.fromkeys(
@@ -56,87 +51,6 @@ AXES = {
     "neuron": ("position", "neuron"),
 }
 PATHS = ("inputs", "activations")
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """Estimated effects of one grain's patches, per item.
-
-    Attributes:
-        grain, direction: as of an exact sweep.
-        method: how it was estimated, such as "AtP", "IG(8 inputs)" or "AtP + attention fix".
-        axes: names of the dimensions of `effect`: item, layer, then position or head (k and v:
-            key-value head), neuron, and the position last where a grain of heads is by position.
-        effect: estimated change of the metric. With GradDrop magnitudes, which have no sign.
-        changed: where the two runs' activations differ; elsewhere the effect is 0 for certain.
-        corrupt_metric, clean_metric: of the unpatched runs.
-        trust: how far exact patches bear it out; None until measured (`screening.screen`).
-    """
-
-    grain: str
-    direction: str
-    method: str
-    axes: tuple[str, ...]
-    effect: Float[Tensor, "items layers *units"]
-    changed: Bool[Tensor, "items layers *units"]
-    corrupt_metric: Float[Tensor, " items"]
-    clean_metric: Float[Tensor, " items"]
-    trust: Trust | None = None
-
-    @property
-    def signed(self) -> bool:
-        """Whether `effect` has a sign."""
-        return "GradDrop" not in self.method
-
-    @property
-    def gap(self) -> Float[Tensor, " items"]:
-        """What a perfect patch would change: clean - corrupt (denoising), or the negative."""
-        gap = self.clean_metric - self.corrupt_metric
-        return gap if self.direction == "denoising" else -gap
-
-    @property
-    def normalized(self) -> Float[Tensor, "items layers *units"]:
-        """effect / gap; NaN where an item's gap is below 1e-3."""
-        gap = torch.where(self.gap.abs() < 1e-3, torch.nan, self.gap)
-        return self.effect / gap.reshape(-1, *[1] * (self.effect.ndim - 1))
-
-    @property
-    def mean(self) -> Float[Tensor, " layers *units"]:
-        """Mean effect over items."""
-        return self.effect.mean(0)
-
-    def top_cells(self, k: int) -> Int[Tensor, "cells axes"]:
-        """The cells (layer, unit...) of the largest mean magnitude, largest first; only changed."""
-        size = self.mean.abs().masked_fill(~self.changed.any(0), -1.0).flatten()
-        order = size.argsort(descending=True, stable=True)[:k]
-        order = order[size[order] >= 0]
-        return torch.stack(torch.unravel_index(order, self.mean.shape), dim=1)
-
-    def to_table(self) -> pd.DataFrame:
-        """One row per cell: grain, direction, method, the axes, effect (mean over items), stderr
-        (of that mean), n_items, and how far the map can be trusted (NaN where not measured):
-        spearman, miss_rate."""
-        import numpy as np
-        import pandas as pd
-
-        shape = self.mean.shape
-        n = len(self.effect)
-        spread = self.effect.double().std(0) if n > 1 else torch.full(shape, torch.nan)
-        index = np.indices(shape).reshape(len(shape), -1)
-        trust = self.trust
-        return pd.DataFrame(
-            {
-                "grain": self.grain,
-                "direction": self.direction,
-                "method": self.method,
-                **dict(zip(self.axes[1:], index, strict=True)),
-                "effect": self.mean.flatten().cpu().numpy(),
-                "stderr": (spread / n**0.5).flatten().cpu().numpy(),
-                "n_items": n,
-                "spearman": float("nan") if trust is None else trust.spearman,
-                "miss_rate": float("nan") if trust is None else trust.miss_rate,
-            }
-        )
 
 
 def attribute(
@@ -228,7 +142,7 @@ def attribute_grains(
             grain=grain,
             direction=direction,
             method=method + (" + attention fix" if attention_fix and grain in "qk" else ""),
-            axes=_axes(grain, by_position),
+            axes=_axis_names(model, grain, by_position),
             effect=torch.cat([batch.effects[grain] for batch in batches]),
             changed=torch.cat([batch.changed[grain] for batch in batches]),
             corrupt_metric=corrupt_metric,
@@ -418,3 +332,9 @@ def _axes(grain: str, by_position: bool) -> tuple[str, ...]:
     if unit is None:
         return ("item", "layer", "position")
     return ("item", "layer", unit, *(("position",) if by_position else ()))
+
+
+def _axis_names(model: HookedModel, grain: str, by_position: bool) -> tuple[str, ...]:
+    grouped = grain in ("k", "v") and model.n_kv_heads < model.n_heads
+    names = _axes(grain, by_position)
+    return tuple("kv_head" if grouped and name == "head" else name for name in names)

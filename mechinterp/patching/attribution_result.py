@@ -1,0 +1,115 @@
+"""What attribution patching leaves: estimated effects per item, and how far they can be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechinterp.patching.screening import Trust
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Estimated effects of one grain's patches, per item.
+
+    Attributes:
+        grain, direction: as of an exact sweep.
+        method: how it was estimated, such as "AtP", "IG(8 inputs)" or "AtP + attention fix".
+        axes: names of the dimensions of `effect`: item, layer, then position, head, kv_head (k and
+            v of grouped-query models) or neuron; for heads and neurons by position, both.
+        effect: estimated change of the metric. With GradDrop magnitudes, which have no sign.
+        changed: where the two runs' activations differ; elsewhere the effect is 0 for certain.
+        corrupt_metric, clean_metric: of the unpatched runs.
+        trust: how far exact patches bear it out; None until measured (`screening.screen`).
+    """
+
+    grain: str
+    direction: str
+    method: str
+    axes: tuple[str, ...]
+    effect: Float[Tensor, "items layers *units"]
+    changed: Bool[Tensor, "items layers *units"]
+    corrupt_metric: Float[Tensor, " items"]
+    clean_metric: Float[Tensor, " items"]
+    trust: Trust | None = None
+
+    @property
+    def signed(self) -> bool:
+        """Whether `effect` has a sign."""
+        return "GradDrop" not in self.method
+
+    @property
+    def gap(self) -> Float[Tensor, " items"]:
+        """What a perfect patch would change: clean - corrupt (denoising), or the negative."""
+        gap = self.clean_metric - self.corrupt_metric
+        return gap if self.direction == "denoising" else -gap
+
+    @property
+    def baseline(self) -> Float[Tensor, " items"]:
+        """The metric of the run that is patched."""
+        return self.corrupt_metric if self.direction == "denoising" else self.clean_metric
+
+    @property
+    def values(self) -> Float[Tensor, " items layers *units"]:
+        """The metric that each patch is estimated to leave."""
+        return self.effect + self.baseline.reshape(-1, *[1] * (self.effect.ndim - 1))
+
+    @property
+    def normalized(self) -> Float[Tensor, "items layers *units"]:
+        """effect / gap; NaN where an item's gap is below 1e-3."""
+        gap = torch.where(self.gap.abs() < 1e-3, torch.nan, self.gap)
+        return self.effect / gap.reshape(-1, *[1] * (self.effect.ndim - 1))
+
+    @property
+    def mean(self) -> Float[Tensor, " layers *units"]:
+        """Mean effect over items."""
+        return self.effect.mean(0)
+
+    @property
+    def stderr(self) -> Float[Tensor, " layers *units"]:
+        """The standard error of `mean`; NaN for a single item."""
+        if len(self.effect) == 1:
+            return torch.full_like(self.mean, torch.nan)
+        return self.effect.std(0) / len(self.effect) ** 0.5
+
+    def labels(self, axis: str) -> np.ndarray:
+        """The indices along an axis, as of an exact sweep's result."""
+        return np.arange(self.effect.shape[self.axes.index(axis)])
+
+    def top_cells(self, k: int) -> Int[Tensor, "cells axes"]:
+        """The cells (layer, unit...) of the largest mean magnitude, largest first; only changed."""
+        size = self.mean.abs().masked_fill(~self.changed.any(0), -1.0).flatten()
+        order = size.argsort(descending=True, stable=True)[:k]
+        order = order[size[order] >= 0]
+        return torch.stack(torch.unravel_index(order, self.mean.shape), dim=1)
+
+    def to_table(self) -> pd.DataFrame:
+        """One row per cell: grain, direction, method, the axes, effect (mean over items), stderr
+        (of that mean), n_items, and how far the map can be trusted (NaN where not measured):
+        spearman, miss_rate."""
+        import pandas as pd
+
+        shape = self.mean.shape
+        index = np.indices(shape).reshape(len(shape), -1)
+        trust = self.trust
+        return pd.DataFrame(
+            {
+                "grain": self.grain,
+                "direction": self.direction,
+                "method": self.method,
+                **dict(zip(self.axes[1:], index, strict=True)),
+                "effect": self.mean.flatten().cpu().numpy(),
+                "stderr": self.stderr.flatten().cpu().numpy(),
+                "n_items": len(self.effect),
+                "spearman": float("nan") if trust is None else trust.spearman,
+                "miss_rate": float("nan") if trust is None else trust.miss_rate,
+            }
+        )

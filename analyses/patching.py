@@ -15,7 +15,7 @@ from analyses.streams import check_fits
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.metrics import action_log_odds
 from mechinterp.patching.result import PatchingResult, by_role
-from mechinterp.patching.sweeps import sweep
+from mechinterp.patching.sweeps import sweep_many
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import CounterfactualPairs, Task
 
@@ -34,12 +34,12 @@ def measure_recovery(
     if pairs is None:
         pairs = task.counterfactual_pairs(spec.patch_pairs, seed=spec.seed)
     metric = action_log_odds(task.actions, pairs.clean.likeliest_label)
-    results = sweep(
+    results = sweep_many(
         model,
         corrupt=pairs.corrupt.tokens,
         clean=pairs.clean.tokens,
-        grain=list(spec.patch_grains),
-        metric=metric,
+        grains=spec.patch_grains,
+        metrics={"": metric},
     )
     tables = []
     for result in results.values():

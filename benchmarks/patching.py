@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mechinterp.errors import CheckpointError
 from mechinterp.hooked import HookedModel
-from mechinterp.patching import PatchingResult, logit_difference, sweep
+from mechinterp.patching import PatchingResult, logit_difference, sweep, sweep_many
 from mechinterp.patching.metrics import LogitDifference
 from mechinterp.sites import Site
 
@@ -170,7 +170,13 @@ def measure_together(case: Case) -> str:
     grains = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
     common = {"corrupt": case.corrupt, "clean": case.clean, "metric": case.metric}
     begun = time.process_time()
-    sweep(case.model, grain=grains, **common)
+    sweep_many(
+        case.model,
+        corrupt=case.corrupt,
+        clean=case.clean,
+        grains=grains,
+        metrics={"": case.metric},
+    )
     together = time.process_time() - begun
     begun = time.process_time()
     for grain in grains:

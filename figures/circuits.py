@@ -103,7 +103,8 @@ def _graph(ax: Axes, rows: pd.DataFrame, n_layers: int) -> None:
         elif ends:
             ax.annotate(node, (x, y), xytext=(5, 0), textcoords="offset points", va="center")
     stride = max(1, n_layers // 6)
-    ax.set_yticks([layer + 1.0 for layer in range(0, n_layers, stride)], range(0, n_layers, stride))
+    ax.set_yticks([layer + 1.0 for layer in range(0, n_layers, stride)])
+    ax.set_yticklabels([str(layer) for layer in range(0, n_layers, stride)])
     ax.set(xlim=(-0.08, 1.12), ylim=(-0.4, n_layers + 1.4), xticks=[])
     ax.spines["bottom"].set_visible(False)
 

@@ -261,7 +261,6 @@ def test_a_patch_that_did_not_fire_raises():
         ({"grain": "head", "directions": torch.ones(1, 32)}, "directions"),
         ({"directions": torch.ones(1, 31)}, "directions"),
         ({"directions": torch.zeros(1, 32)}, "directions"),
-        ({"metric": {}}, "metric"),
         ({"decision": 6}, "decision"),
         ({"decision": torch.tensor([1, 2])}, "decision"),
         ({"attention_mask": torch.ones(4, 5)}, "attention_mask"),

@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import D_VOCAB, N_HEADS, N_LAYERS, SEQUENTIAL, random_tokens, tiny_model
 
+from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.metrics import logit_difference
-from mechinterp.patching.naive import naive_sweep
-from mechinterp.patching.plan import GRAINS
-from mechinterp.patching.sweeps import sweep
+from mechinterp.patching.naive import naive_sweep, patch_by_loop
+from mechinterp.patching.plan import GRAINS, make_plan
+from mechinterp.patching.reference import mean_activations
+from mechinterp.patching.stored import store_activations
+from mechinterp.patching.sweeps import sweep, sweep_many
 
 N_ITEMS, N_POSITIONS = 3, 6
 FAMILIES = ["llama", "gpt2", "gpt_neox", "gemma2", "qwen3", "olmo2", "mistral", "phi3"]
@@ -247,14 +250,33 @@ def test_several_grains_and_metrics_at_once_equal_one_at_a_time(family, directio
         "other": logit_difference(correct=torch.tensor([9, 9, 9]), wrong=torch.tensor([1, 1, 2])),
     }
     options = {"corrupt": corrupt, "clean": clean, "direction": direction}
-    together = sweep(model(family), grain=grains, metric=metrics, **options)
+    together = sweep_many(model(family), grains=grains, metrics=metrics, **options)
     assert set(together) == {(grain, name) for grain in grains for name in metrics}
     for (grain, name), result in together.items():
         alone = sweep(model(family), grain=grain, metric=metrics[name], **options)
         assert (result.axes, result.grain) == (alone.axes, grain)
         torch.testing.assert_close(result.values, alone.values, rtol=0, atol=1e-5)
         torch.testing.assert_close(result.clean_metric, alone.clean_metric)
-    named = sweep(model(family), grain="head", metric=metrics, **options)
-    torch.testing.assert_close(named["other"].values, together["head", "other"].values)
-    by_grain = sweep(model(family), grain=["head", "k"], metric=METRIC, **options)
-    torch.testing.assert_close(by_grain["k"].values, together["k", "difference"].values)
+
+
+@pytest.mark.parametrize("grain", ["mlp_out", "head"])
+def test_given_activations_are_patched_in(grain, tmp_path):
+    """Means as the source, and another network's activations from a file."""
+    corrupt, clean = pairs()
+    means = mean_activations(model("llama"), clean, grain).activations(corrupt.shape)
+    common = {"corrupt": corrupt, "clean": clean, "grain": grain, "metric": METRIC}
+    ablated = sweep(model("llama"), **common, direction="noising", source=means)
+    plan = make_plan(model("llama"), clean, grain=grain, metric=METRIC)
+    slow, base = patch_by_loop(model("llama"), clean, means, plan)
+    torch.testing.assert_close(ablated.values, slow[0].permute(2, 0, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ablated.baseline, base[0])
+    assert bool(ablated.normalized.isnan().all())
+
+    other = model("llama", seed=1)
+    stored = store_activations(other, clean, grain, tmp_path / "a.safetensors", metric=METRIC)
+    from_file = sweep(model("llama"), **common, source=stored)
+    live = sweep(model("llama"), **common, source=other)
+    for name in ("values", "clean_metric", "normalized"):
+        torch.testing.assert_close(getattr(from_file, name), getattr(live, name))
+    with pytest.raises(AnalysisError, match="source"):
+        sweep(model("llama"), **common, source=means[:1])

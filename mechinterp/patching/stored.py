@@ -113,17 +113,22 @@ class StoredActivations(Sequence[Tensor]):
         return self._read("tokens")
 
     @property
+    def has_metric(self) -> bool:
+        """Whether the metric of the source's own run was stored too."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            return _METRIC in file.keys()  # noqa: SIM118, safe_open is no mapping
+
+    @property
     def metric(self) -> Float[Tensor, " items"]:
         """The metric of the source's own run.
 
         Raises:
             AnalysisError: none was given when the file was written.
         """
-        from safetensors import safe_open
-
-        with safe_open(self.path, framework="pt") as file:
-            if _METRIC not in file.keys():  # noqa: SIM118, safe_open is no mapping
-                raise AnalysisError(f"{self.path}: was stored without a metric; give store one")
+        if not self.has_metric:
+            raise AnalysisError(f"{self.path}: was stored without a metric; give store one")
         return self._read(_METRIC)
 
     def _read(self, name: str) -> Tensor:

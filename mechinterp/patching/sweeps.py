@@ -11,7 +11,7 @@ reads are unembedded. `naive` does the same one full forward pass at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -25,65 +25,90 @@ from mechinterp.patching.metrics import Metric
 from mechinterp.patching.naive import patch_by_loop
 from mechinterp.patching.plan import Plan, Positions, make_plan
 from mechinterp.patching.result import PatchingResult, make_result
+from mechinterp.patching.stored import StoredActivations
 from mechinterp.patching.suffix import RecordedRun, Suffix, find_obstacle, record
 from mechinterp.progress import progress_bar
 
-Metrics = Metric | Mapping[str, Metric]
+Giver = HookedModel | Sequence[Float[Tensor, "items positions *site"]]
 
 
-@overload
-def sweep(model: HookedModel, *, grain: str, metric: Metric, **options: Any) -> PatchingResult: ...
-@overload
-def sweep(
-    model: HookedModel, *, grain: str | Sequence[str], metric: Metrics, **options: Any
-) -> dict[Any, PatchingResult]: ...
+class SweepOptions(TypedDict, total=False):
+    """Keyword options of `sweep` and `sweep_many`.
+
+    direction: "denoising" (default) patches clean activations into the corrupt run, "noising" the
+        reverse.
+    positions: for all items (a sequence) or per item ([items, columns]); None is every one.
+    by_position: for heads and neurons: patch one position at a time (of a pattern, one query)
+        rather than all together. The default is whether `positions` were given.
+    neurons: for grain neuron, which of each layer's; None is all.
+    directions: for the residual grains, vectors such as an SAE's decoder rows: only the component
+        along one of them is exchanged, one at a time.
+    source: what is patched in, if not the model's own activations of the other prompt: another
+        network, whose activations of that prompt are; or the activations themselves, one tensor per
+        layer, such as means, zeros, resampled items or `StoredActivations` (one grain at a time;
+        of the two prompts only the one that is patched is then run, and without the metric of the
+        source nothing is normalized).
+    attention_mask: 1 for real tokens; the same for both runs. Cells at padding have no effect.
+    decision: the position whose logits the metric reads, for all items or per item (the last).
+    memory_mb: bound on the memory of one batch of rows, approximately; None takes a share of what
+        is free. A batch that does not fit after all is halved.
+    """
+
+    direction: str
+    positions: Positions
+    by_position: bool | None
+    neurons: Sequence[int] | Int[Tensor, " neurons"] | None
+    directions: Float[Tensor, "directions d_model"] | None
+    source: HookedModel | Sequence[Float[Tensor, "items positions *site"]] | None
+    attention_mask: Int[Tensor, "items positions"] | None
+    decision: int | Int[Tensor, " items"]
+    memory_mb: int | None
 
 
-@torch.no_grad()
 def sweep(
     model: HookedModel,
     *,
     clean: Int[Tensor, "items positions"],
     corrupt: Int[Tensor, "items positions"],
-    grain: str | Sequence[str],
-    metric: Metrics,
-    direction: str = "denoising",
-    positions: Positions = None,
-    by_position: bool | None = None,
-    neurons: Sequence[int] | Int[Tensor, " neurons"] | None = None,
-    directions: Float[Tensor, "directions d_model"] | None = None,
-    source: HookedModel | None = None,
-    attention_mask: Int[Tensor, "items positions"] | None = None,
-    decision: int | Int[Tensor, " items"] = -1,
-    memory_mb: int | None = None,
-) -> PatchingResult | dict[Any, PatchingResult]:
+    grain: str,
+    metric: Metric,
+    **options: Unpack[SweepOptions],
+) -> PatchingResult:
     """Patch one run's activations into another's, one site at a time, and keep every item's metric.
 
     Args:
         clean, corrupt: token ids; row i of each is one counterfactual pair.
         grain: resid_pre, resid_mid, resid_post, attn_out or mlp_out (layer x position); head, q, k,
-            v or pattern (layer x head; k and v at their own heads); neuron (layer x neuron). With
-            several, the answer is a dictionary by grain, and what they share is computed once.
-        metric: one, or several by name; then the answer is a dictionary by name, and with several
-            grains by (grain, name).
-        direction: "denoising" patches clean activations into the corrupt run, "noising" the
-            reverse.
-        positions: for all items (a sequence) or per item ([items, columns]); None is every one.
-        by_position: for heads and neurons: patch one position at a time (of a pattern, one query)
-            rather than all together. The default is whether `positions` were given.
-        neurons: for grain neuron, which of each layer's; None is all.
-        directions: for the residual grains, vectors such as an SAE's decoder rows: only the
-            component along one of them is exchanged, one at a time.
-        source: the network whose activations are patched in; None is `model` itself.
-        attention_mask: 1 for real tokens; the same for both runs. Cells at padding have no effect.
-        decision: the position whose logits the metric reads, for all items or per item.
-        memory_mb: bound on the memory of one batch of rows, approximately; None takes a share of
-            what is free. A batch that does not fit after all is halved.
+            v or pattern (layer x head; k and v at their own heads); neuron (layer x neuron).
+        metric: see `mechinterp.patching.metrics`.
+
+    Options and errors as of `SweepOptions` and `sweep_many`.
+    """
+    many = sweep_many(
+        model, clean=clean, corrupt=corrupt, grains=[grain], metrics={"": metric}, **options
+    )
+    return many[grain, ""]
+
+
+@torch.no_grad()
+def sweep_many(
+    model: HookedModel,
+    *,
+    clean: Int[Tensor, "items positions"],
+    corrupt: Int[Tensor, "items positions"],
+    grains: Sequence[str],
+    metrics: Mapping[str, Metric],
+    **options: Unpack[SweepOptions],
+) -> dict[tuple[str, str], PatchingResult]:
+    """Sweeps of several grains under several metrics, by (grain, metric); what they share is
+    computed once.
 
     Raises:
         AnalysisError: the arguments do not fit together.
         SiteError: the network has no such site (resid_mid of parallel blocks).
     """
+    direction, source = options.get("direction", "denoising"), options.get("source")
+    memory_mb = options.get("memory_mb")
     if direction not in ("denoising", "noising"):
         raise AnalysisError(f"direction: expected 'denoising' or 'noising', got {direction!r}")
     if corrupt.shape != clean.shape or corrupt.ndim != 2 or not corrupt.numel():
@@ -91,22 +116,30 @@ def sweep(
             f"corrupt and clean: expected two [items, positions] of equal shape, "
             f"got {tuple(corrupt.shape)} and {tuple(clean.shape)}"
         )
-    giver = model if source is None else check_source(source, model)
+    grains = tuple(dict.fromkeys(grains))
+    giver: Giver = model if source is None else source
+    if isinstance(giver, HookedModel):
+        check_source(giver, model)
+    elif len(grains) != 1 or len(giver) != model.n_layers:
+        raise AnalysisError(
+            f"source: activations go with one grain and need one tensor for each of "
+            f"{model.n_layers} layers, got {len(giver)} for {', '.join(grains)}"
+        )
     base, given = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
-    base, given = base.to(model.device), given.to(giver.device)
-    grains = (grain,) if isinstance(grain, str) else tuple(dict.fromkeys(grain))
+    base = base.to(model.device)
+    neurons = options.get("neurons")
     plans = {
         name: make_plan(
             model,
             base,
             grain=name,
-            metric=metric,
-            positions=positions,
-            by_position=by_position,
+            metric=metrics,
+            positions=options.get("positions"),
+            by_position=options.get("by_position"),
             neurons=neurons if name == "neuron" or "neuron" not in grains else None,
-            directions=directions,
-            decision=decision,
-            attention_mask=attention_mask,
+            directions=options.get("directions"),
+            decision=options.get("decision", -1),
+            attention_mask=options.get("attention_mask"),
         )
         for name in grains
     }
@@ -120,11 +153,11 @@ def sweep(
         runs.append(
             _sweep_items(model, giver, base, given, rows, parts, obstacle=obstacle, budget=budget)
         )
-    results: dict[Any, PatchingResult] = {}
+    results = {}
     for name, plan in plans.items():
         values = torch.cat([run[name][0] for run in runs], dim=-1)
         base_score, given_score = (torch.cat([run[name][i] for run in runs], -1) for i in (1, 2))
-        for index, metric_name in enumerate(plan.metrics):
+        for index, metric_name in enumerate(metrics):
             results[name, metric_name] = make_result(
                 plan,
                 values[index],
@@ -133,18 +166,12 @@ def sweep(
                 direction=direction,
                 method="suffix" if obstacle is None else f"loop: {obstacle}",
             )
-    if isinstance(grain, str) and isinstance(metric, Mapping):
-        return {name: result for (_, name), result in results.items()}
-    if isinstance(grain, str):
-        return results[grain, "metric"]
-    if isinstance(metric, Mapping):
-        return results
-    return {name: result for (name, _), result in results.items()}
+    return results
 
 
 def _sweep_items(
     model: HookedModel,
-    giver: HookedModel,
+    giver: Giver,
     base: Int[Tensor, "items positions"],
     given: Int[Tensor, "items positions"],
     rows: slice,
@@ -161,12 +188,22 @@ def _sweep_items(
         if same is not None:
             found[name] = same
             continue
-        new, score = plan.capture(giver, given[rows])
+        if isinstance(giver, HookedModel):
+            new, score = plan.capture(giver, given[rows].to(giver.device))
+        else:
+            new, score = [layer[rows] for layer in giver], _metrics_of(giver, plan, rows)
         values, unpatched = patch_sites(
             model, base[rows], new, plan, obstacle=obstacle, run=run, budget=budget
         )
         found[name] = (values, unpatched, score)
     return found
+
+
+def _metrics_of(giver: Sequence[Tensor], plan: Plan, rows: slice) -> Float[Tensor, "metrics items"]:
+    """The metric that stored activations bring from their own run; else not a number."""
+    if isinstance(giver, StoredActivations) and giver.has_metric and len(plan.metrics) == 1:
+        return giver.metric[rows][None]
+    return torch.full((len(plan.metrics), len(plan.items)), torch.nan)
 
 
 def _same_cells(
@@ -177,9 +214,11 @@ def _same_cells(
     if plan.directions is not None or not same_model:
         return None
     twin = {"resid_mid": "resid_post", "resid_post": "resid_mid"}.get(grain)
+    if twin is None:
+        return None
     if twin in found:
         return found[twin]
-    if twin is None or "resid_pre" not in found:
+    if "resid_pre" not in found:
         return None
     values, base, given = found["resid_pre"]
     assert plan.positions is not None

@@ -27,16 +27,17 @@ from mechinterp.patching.graph import Graph
 from mechinterp.patching.metrics import log_prob, logit_diff
 
 N_ITEMS, N_POSITIONS = 3, 6
-METRIC = logit_diff(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7]))
+RIGHT, WRONG = torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7])
+METRIC = logit_diff(RIGHT, WRONG)
 NOISING = {"direction": "noising"}
 ATOL = 2e-4  # of logits of several units; wrong code is off by tenths
 
 
-def pairs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean and corrupt prompts that differ in two tokens."""
+def pairs(first: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean and corrupt prompts that differ in two tokens, from position `first` on."""
     clean = random_tokens(N_ITEMS, N_POSITIONS, seed=1)
     corrupt = clean.clone()
-    for item, position in enumerate([1, 2, 0]):
+    for item, position in enumerate([3, first, 2]):
         corrupt[item, position] = (corrupt[item, position] + 3) % D_VOCAB
         corrupt[item, 4] = (corrupt[item, 4] + 9) % D_VOCAB
     return clean, corrupt
@@ -84,9 +85,10 @@ def test_full_is_the_model_and_empty_is_the_reference(family, ablation):
     assert float((full - empty).abs().min()) > 1e-3
 
 
+@pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_circuits_equal_plain_hooks(family):
-    model, (clean, corrupt) = shared_model(family), pairs()
+def test_random_circuits_equal_plain_hooks(family, first):
+    model, (clean, corrupt) = shared_model(family), pairs(first)
     circuits = random_circuits(Graph.of(model), 5)
     reference = writers_of(model.model, corrupt)
     expected = [score(oracle(model, clean, reference, circuit)) for circuit in circuits]
@@ -157,8 +159,7 @@ def test_padded_prompts_equal_plain_hooks(family, side):
     alone = []
     for item, length in enumerate(lengths.tolist()):
         real = slice(N_POSITIONS - length, None) if side == "left" else slice(length)
-        metric = logit_diff(METRIC.token_ids[METRIC.right][[item]],
-                            METRIC.token_ids[METRIC.wrong][[item]])  # fmt: skip
+        metric = logit_diff(RIGHT[[item]], WRONG[[item]])
         rows = clean[item : item + 1, real], corrupt[item : item + 1, real]
         alone.append(run_circuits(model, *rows, circuits, metric)[:, 0])
     assert_equal(actual, torch.stack(alone, dim=1))
@@ -180,12 +181,10 @@ def test_chunks_change_nothing():
     model, (clean, corrupt) = shared_model("llama"), pairs()
     circuits = random_circuits(Graph.of(model), 6, seed=4)
     whole = run_circuits(model, clean, corrupt, circuits, METRIC)
-    items = [
-        run_circuits(model, clean[[i]], corrupt[[i]], circuits, logit_diff(
-            METRIC.token_ids[METRIC.right][[i]], METRIC.token_ids[METRIC.wrong][[i]]
-        ))[:, 0]
-        for i in range(N_ITEMS)
-    ]  # fmt: skip
+    items = []
+    for i in range(N_ITEMS):
+        metric = logit_diff(RIGHT[[i]], WRONG[[i]])
+        items.append(run_circuits(model, clean[[i]], corrupt[[i]], circuits, metric)[:, 0])
     torch.testing.assert_close(whole, torch.stack(items, dim=1), rtol=0, atol=ATOL)
     small = run_circuits(model, clean, corrupt, circuits, METRIC, memory_mb=0)
     torch.testing.assert_close(whole, small, rtol=0, atol=ATOL)
@@ -395,7 +394,7 @@ def test_a_point_costs_at_most_a_forward_pass():
     finally:
         for handle in handles:
             handle.remove()
-    empty, two_plain_runs, check = N_ITEMS, 2 * N_ITEMS, 2 + 2 + 2 * 2
+    empty, two_plain_runs, check = N_ITEMS, 2 * N_ITEMS, 3
     most = len(sizes) * N_ITEMS + empty + two_plain_runs + check
     assert sum(rows) <= most * model.n_layers
 

@@ -20,8 +20,8 @@ from mechinterp.contexts import Context
 from mechinterp.errors import AnalysisError, ModelError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.circuits.paths import writer_changes
+from mechinterp.patching.circuits.prompts import Prompts
 from mechinterp.patching.circuits.reference import Reference, reference_run
-from mechinterp.patching.circuits.runs import Prompts
 from mechinterp.patching.graph import Graph, Node
 from mechinterp.patching.metrics import Metric
 from mechinterp.progress import progress_bar

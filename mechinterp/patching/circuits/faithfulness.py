@@ -14,13 +14,14 @@ from torch import Tensor
 
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
+from mechinterp.patching.circuits.prompts import Prompts
 from mechinterp.patching.circuits.reference import Ablation
-from mechinterp.patching.circuits.runs import Circuit, Prompts, rows_per_batch, run_circuits
+from mechinterp.patching.circuits.runs import Circuit, run_circuits
 from mechinterp.patching.circuits.selection import (
     Selection,
     edges_of_nodes,
     random_scores,
-    select_edges,
+    select_nested,
 )
 from mechinterp.patching.graph import Graph
 from mechinterp.patching.metrics import Metric
@@ -227,7 +228,7 @@ def faithfulness_curve(
         n_edges=tuple(int(circuit.sum()) for circuit in circuits[0]),
         values=kept[0],
         random_values=kept[1:],
-        full=prompts.plain(prompts.clean, rows_per_batch(prompts, memory_mb)),
+        full=prompts.plain(memory_mb),
         empty=values[0],
         ablation=ablation,
     )
@@ -241,8 +242,8 @@ def circuits_of_size(
 ) -> list[Circuit]:
     """A circuit for each share of all edges (of the scored nodes, for scores [writers])."""
     if scores.ndim == 2:
-        n = graph.n_edges
-        return [select_edges(graph, scores, max(1, round(s * n)), **options) for s in shares]
+        sizes = [max(1, round(share * graph.n_edges)) for share in shares]
+        return select_nested(graph, scores, sizes, **options)
     if scores.shape != (len(graph.writers),):
         raise AnalysisError(
             f"scores: expected [writers readers] {tuple(graph.mask.shape)} or [writers] "

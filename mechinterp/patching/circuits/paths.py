@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
+from mechinterp.patching.circuits.prompts import Prompts, rows_per_batch
 from mechinterp.patching.circuits.reference import Reference, reference_run
-from mechinterp.patching.circuits.runs import MaskedRun, Prompts, check_edges, rows_per_batch
+from mechinterp.patching.circuits.runs import MaskedRun, checked_start
 from mechinterp.patching.graph import Graph, Node
 from mechinterp.patching.metrics import Metric
 
@@ -56,22 +57,22 @@ def patch_path(
             f"no edge from {', '.join(map(str, senders))} to {', '.join(map(str, receivers))}: a "
             "sender must come before a receiver"
         )
-    check_edges(prompts, None)
+    first = checked_start(prompts, None)
     keep = graph.mask.clone()
     keep[:, columns] = False
     sending = torch.zeros(len(rows), len(graph.readers), dtype=torch.bool)
     sending[:, columns] = direct
     keep = rearrange(torch.cat([sending, keep]), "sources readers -> 1 sources readers")
-    size = rows_per_batch(prompts, memory_mb, extra=len(rows))
+    size = rows_per_batch(prompts, memory_mb, extra=len(rows), start=first)
     values = []
     for start in range(0, len(prompts.clean), size):
         part = slice(start, start + size)
         own, other = (
-            reference_run(model, tokens[part], attention_mask=prompts.mask_of(part))
+            reference_run(model, tokens[part], attention_mask=prompts.mask_of(part), start=first)
             for tokens in (prompts.clean, prompts.corrupt)
         )
         change = writer_changes(model, graph, own, other, rows)
-        final = MaskedRun.of(prompts, part, own).final(keep, change)[0]
+        final = MaskedRun.of(prompts, part, own, first).final(keep, change)[0]
         items = torch.arange(start, start + len(final), device=model.device)
         values.append(prompts.score(final, items))
     return torch.cat(values)

@@ -33,6 +33,8 @@ class Reference:
             it adds to the stream [items pos d_model].
         is_run: the values are those of a run, so a writer whose inputs are all ablated keeps its
             reference value; of a mean of runs this does not hold.
+        prefix: per layer, keys and values [items kv_heads prefix d_head] of the positions before
+            those that the rest is about; empty if these start at 0.
     """
 
     embed: Float[Tensor, "items pos d_model"]
@@ -42,6 +44,7 @@ class Reference:
     resid_mid: tuple[Float[Tensor, "items pos d_model"], ...]  # what the MLP's norm reads
     final: Float[Tensor, "items pos d_model"]
     is_run: bool
+    prefix: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def map(self, change: Callable[..., Tensor], *others: Reference) -> Reference:
         """Every tensor changed by `change`, which is also given those of `others`."""
@@ -58,6 +61,7 @@ class Reference:
             each("resid_mid"),
             change(*(reference.final for reference in every)),
             self.is_run,
+            self.prefix,
         )
 
 
@@ -67,13 +71,16 @@ def reference_run(
     tokens: Int[Tensor, "items pos"],
     *,
     attention_mask: Int[Tensor, "items pos"] | None = None,
+    start: int = 0,
 ) -> Reference:
-    """The run on `tokens`, for resample ablation."""
+    """The run on `tokens`, for resample ablation; at positions `start` onwards."""
     graph = Graph.of(model)
     grains = {"head", "attn_out"} if graph.heads_write else {"attn_out"}
     sites = [site for g in (*grains, "resid_pre", "mlp_out") for site in model.sites(g)]
     last = Site("resid_post", model.n_layers - 1)
-    seen = model.capture(tokens, [*sites, last], attention_mask=attention_mask)
+    seen = model.capture(
+        tokens, [*sites, last], attention_mask=attention_mask, key_values=start > 0
+    )
     layers = range(model.n_layers)
     pre = tuple(seen[Site("resid_pre", layer)] for layer in layers)
     if graph.parallel:
@@ -81,7 +88,7 @@ def reference_run(
     else:
         mid = tuple(pre[layer] + seen[Site("attn_out", layer)] for layer in layers)
     grain = "head" if graph.heads_write else "attn_out"
-    return Reference(
+    run = Reference(
         embed=pre[0],
         attention=tuple(seen[Site(grain, layer)] for layer in layers),
         mlp=tuple(seen[Site("mlp_out", layer)] for layer in layers),
@@ -89,7 +96,13 @@ def reference_run(
         resid_mid=mid,
         final=seen[last],
         is_run=True,
+        prefix=tuple(
+            (cache.keys[:, :, :start], cache.values[:, :, :start])
+            for cache in seen.key_values
+            if cache.keys is not None and cache.values is not None
+        ),
     )
+    return run.map(lambda tensor: tensor[:, start:]) if start else run
 
 
 @torch.no_grad()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import AnalysisError
@@ -40,19 +41,37 @@ def select_edges(
     Raises:
         AnalysisError: the scores do not fit the graph, or `n` is not 0 .. n_edges.
     """
+    return select_nested(graph, scores, [n], method=method, absolute=absolute, prune=prune)[0]
+
+
+def select_nested(
+    graph: Graph,
+    scores: Scores,
+    sizes: Sequence[int],
+    *,
+    method: Selection = "top",
+    absolute: bool = True,
+    prune: bool = True,
+) -> list[Circuit]:
+    """`select_edges` for several sizes, each circuit within the next larger (but for pruning)."""
     if scores.shape != graph.mask.shape:
         raise AnalysisError(
             f"scores: expected [writers readers] {tuple(graph.mask.shape)}, got "
             f"{tuple(scores.shape)}"
         )
-    if not 0 <= n <= graph.n_edges:
-        raise AnalysisError(f"a circuit of {n} edges: this network has 0 to {graph.n_edges}")
+    if wrong := [n for n in sizes if not 0 <= n <= graph.n_edges]:
+        raise AnalysisError(f"a circuit of {wrong[0]} edges: this network has 0 to {graph.n_edges}")
     if method not in ("top", "greedy"):
         raise AnalysisError(f"selection: expected 'top' or 'greedy', got {method!r}")
     size = scores.detach().cpu().double()
     size = (size.abs() if absolute else size).nan_to_num(nan=-torch.inf)
-    circuit = _greedy(graph, size, n) if method == "greedy" else _top(graph, size, n)
-    return prune_edges(graph, circuit) if prune else circuit
+    edges = (_greedy if method == "greedy" else _top)(graph, size, max(sizes))
+    circuits = []
+    for n in sizes:
+        circuit = torch.zeros_like(graph.mask)
+        circuit[edges[:n, 0], edges[:n, 1]] = True
+        circuits.append(prune_edges(graph, circuit) if prune else circuit)
+    return circuits
 
 
 def prune_edges(graph: Graph, circuit: Circuit) -> Circuit:
@@ -103,16 +122,13 @@ def _any(present: Bool[Tensor, " nodes"], leads: Bool[Tensor, "nodes others"]) -
     return (rearrange(present, "n -> n 1") & leads).any(0)
 
 
-def _top(graph: Graph, size: Scores, n: int) -> Circuit:
+def _top(graph: Graph, size: Scores, n: int) -> Int[Tensor, "n 2"]:
     edges = graph.mask.nonzero()
-    order = size[graph.mask].argsort(descending=True, stable=True)[:n]
-    circuit = torch.zeros_like(graph.mask)
-    circuit[tuple(edges[order].T)] = True
-    return circuit
+    return edges[size[graph.mask].argsort(descending=True, stable=True)[:n]]
 
 
-def _greedy(graph: Graph, size: Scores, n: int) -> Circuit:
-    circuit = torch.zeros_like(graph.mask)
+def _greedy(graph: Graph, size: Scores, n: int) -> Int[Tensor, "n 2"]:
+    chosen: list[tuple[int, int]] = []
     feeding = [column.nonzero().flatten().tolist() for column in graph.feeds.T]
     before = [graph.n_writers_before(reader) for reader in graph.readers]
     heap: list[tuple[float, int, int]] = []
@@ -125,11 +141,9 @@ def _greedy(graph: Graph, size: Scores, n: int) -> Circuit:
                 heapq.heappush(heap, (-value, writer, reader))
 
     enter(len(graph.readers) - 1)
-    for _ in range(n):
-        if not heap:
-            break
+    while heap and len(chosen) < n:
         _, writer, reader = heapq.heappop(heap)
-        circuit[writer, reader] = True
+        chosen.append((writer, reader))
         for read in feeding[writer]:
             enter(read)
-    return circuit
+    return torch.tensor(chosen, dtype=torch.long).reshape(-1, 2)

@@ -1,0 +1,110 @@
+"""The prompts that circuits are run on, checked once, and how many of them fit the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.errors import AnalysisError
+from mechinterp.hooked import HookedModel
+from mechinterp.patching.graph import Graph
+from mechinterp.patching.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What circuits are run on: row i of `clean` and `corrupt` is one pair, read at `decision`."""
+
+    model: HookedModel
+    clean: Int[Tensor, "items pos"]
+    corrupt: Int[Tensor, "items pos"]
+    metric: Metric
+    attention_mask: Int[Tensor, "items pos"] | None
+    decision: Int[Tensor, " items"]
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedModel,
+        clean: Int[Tensor, "items pos"],
+        corrupt: Int[Tensor, "items pos"],
+        metric: Metric,
+        *,
+        attention_mask: Int[Tensor, "items pos"] | None = None,
+        decision: int | Int[Tensor, " items"] = -1,
+    ) -> Prompts:
+        """Checked, and on the model's device.
+
+        Raises:
+            AnalysisError: the arguments do not fit together.
+        """
+        if clean.shape != corrupt.shape or clean.ndim != 2 or not clean.numel():
+            raise AnalysisError(
+                "clean and corrupt: expected two [items, positions] of equal shape, got "
+                f"{tuple(clean.shape)} and {tuple(corrupt.shape)}"
+            )
+        if attention_mask is not None and attention_mask.shape != clean.shape:
+            raise AnalysisError(
+                f"attention_mask: expected shape {tuple(clean.shape)}, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        n_items, n_positions = clean.shape
+        at = torch.full((n_items,), decision) if isinstance(decision, int) else decision
+        at = torch.where(at < 0, at + n_positions, at)
+        if at.shape != (n_items,) or not bool(((at >= 0) & (at < n_positions)).all()):
+            raise AnalysisError(
+                f"decision: expected one position of 0 .. {n_positions - 1} per item, got shape "
+                f"{tuple(at.shape)}"
+            )
+        device = model.device
+        mask = None if attention_mask is None else attention_mask.to(device)
+        return cls(model, clean.to(device), corrupt.to(device), metric, mask, at.to(device))
+
+    def score(
+        self, final: Float[Tensor, "rows d_model"], items: Int[Tensor, " rows"]
+    ) -> Float[Tensor, " rows"]:
+        """The metric of residuals that enter the final norm; `final[r]` is of item `items[r]`."""
+        model = self.model
+        logits = model.unembed(model.final_norm(final), self.metric.token_ids)
+        return self.metric(logits, items)
+
+    def mask_of(self, rows: slice) -> Int[Tensor, "rows pos"] | None:
+        """The attention mask of some items."""
+        return None if self.attention_mask is None else self.attention_mask[rows]
+
+    @torch.no_grad()
+    def final(self, rows: slice) -> Float[Tensor, "rows d_model"]:
+        """What enters the final norm at the decision position when the plain model runs clean."""
+        clean, mask = self.clean[rows], self.mask_of(rows)
+        resid, context = self.model.embed(clean, attention_mask=mask)
+        for layer in range(self.model.n_layers):
+            resid = self.model.block(layer, resid, context)
+        return resid[torch.arange(len(resid), device=resid.device), self.decision[rows]]
+
+    @torch.no_grad()
+    def plain(self, memory_mb: int) -> Float[Tensor, " items"]:
+        """The metric of the plain model on the clean prompts."""
+        size = rows_per_batch(self, memory_mb)
+        values = []
+        for start in range(0, len(self.clean), size):
+            final = self.final(slice(start, start + size))
+            items = torch.arange(start, start + len(final), device=final.device)
+            values.append(self.score(final, items))
+        return torch.cat(values)
+
+
+def rows_per_batch(prompts: Prompts, memory_mb: int, *, extra: int = 0, start: int = 0) -> int:
+    """How many rows (circuits times items) fit the memory."""
+    model = prompts.model
+    graph = Graph.of(model)
+    n_readers = model.n_heads + 2 * model.n_kv_heads
+    d_mlp = max(max(p.shape) for p in model.architecture.blocks[0].mlp_projection.parameters())
+    n_positions = prompts.clean.shape[1]
+    sources = 1.5 * (len(graph.writers) + extra)  # once, and a copy of at most half
+    width = (sources + 4 * n_readers + 6 * model.n_layers) * model.d_model
+    per_token = width + 3 * d_mlp + 3 * model.n_heads * n_positions
+    per_row = (n_positions - start) * per_token * model.dtype.itemsize
+    return max(1, int(memory_mb * 2**20 / per_row))

@@ -28,6 +28,7 @@ from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.attribution import attribute_grains
 from mechinterp.patching.edge_attribution import METHODS, attribute_edges
+from mechinterp.patching.edge_screening import screen_edges
 from mechinterp.patching.gradients import path_points
 from mechinterp.patching.graph import Graph, Node
 from mechinterp.patching.metrics import logit_difference
@@ -462,6 +463,42 @@ def test_small_memory_gives_the_same(method):
     assert whole.item_scores is None
     torch.testing.assert_close(whole.scores, small.scores, rtol=1e-3, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(whole.clean_metric, small.clean_metric)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_screened_edges_are_patched_exactly(family, direction):
+    hooked, pair = model(family), prompts()
+    found = screen_edges(
+        hooked, **pair, metric=METRIC, top_k=6, n_sampled=9, direction=direction, seed=2
+    )
+    graph, sign = found.attribution.graph, 1 if direction == "denoising" else -1
+    tokens = pair["corrupt" if sign == 1 else "clean"]
+    steps = sign * writer_steps(hooked, pair)
+    base = writer_outputs(hooked, tokens)[1]
+    assert len(found.edges.unique(dim=0)) == 15
+    for (writer, reader), effect in zip(found.edges.tolist(), found.effect.T, strict=True):
+        hooks = reading_hooks(hooked, {graph.readers[reader]: steps[writer]})
+        with torch.no_grad():
+            exact = score(logits_by_hooks(hooked, tokens, hooks)) - base
+        torch.testing.assert_close(effect, exact, rtol=1e-3, atol=1e-4)
+    top = [(str(w), str(r)) for w, r, _ in found.attribution.top_edges(6)]
+    table = found.to_table()
+    assert list(zip(table["writer"][:6], table["reader"][:6], strict=True)) == top
+    assert table["selected"].tolist() == [True] * 6 + [False] * 9
+    assert found.trust.pearson == pytest.approx(table["score"].corr(table["effect"]), abs=1e-5)
+    sampled = table[~table["selected"]]["effect"].abs()
+    missed = int((sampled > table[table["selected"]]["effect"].abs().min()).sum())
+    assert (found.trust.n_missed, found.trust.n_sampled) == (missed, 9)
+
+
+def test_screening_of_edges_where_nothing_differs():
+    same = {"clean": prompts()["clean"], "corrupt": prompts()["clean"]}
+    found = screen_edges(model("llama"), **same, metric=METRIC)
+    assert found.effect.shape == (N_ITEMS, 0)
+    assert found.trust.n_cells == 0
+    with pytest.raises(AnalysisError, match="top_k 0"):
+        screen_edges(model("llama"), **same, metric=METRIC, top_k=0)
 
 
 class _LargestTensor(TorchDispatchMode):

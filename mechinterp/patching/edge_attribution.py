@@ -49,6 +49,8 @@ from mechinterp.sites import Site
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mechinterp.patching.screening import Trust
+
 METHODS = ("EAP", "EAP-IG-inputs", "EAP-IG-activations")
 Points = list[tuple[float, float]]
 AT_BASE: Points = path_points(1)
@@ -65,6 +67,8 @@ class EdgeAttribution:
         item_scores: the same per item, if asked for.
         position_scores: what each position contributes to `scores`, if asked for.
         corrupt_metric, clean_metric: of the unpatched runs.
+        trust: how far exact patches of single edges bear the scores out; None until measured
+            (`mechinterp.patching.edge_screening.screen_edges`).
     """
 
     graph: Graph
@@ -76,6 +80,7 @@ class EdgeAttribution:
     position_scores: Float[Tensor, "writers readers positions"] | None
     corrupt_metric: Float[Tensor, " items"]
     clean_metric: Float[Tensor, " items"]
+    trust: Trust | None = None
 
     @property
     def writer_scores(self) -> Float[Tensor, " writers"]:

@@ -23,6 +23,7 @@ from mechinterp.patching.circuits import (
     patch_path,
     run_circuits,
 )
+from mechinterp.patching.circuits.runs import MaskedRun
 from mechinterp.patching.graph import Graph
 from mechinterp.patching.metrics import log_prob, logit_diff
 
@@ -188,6 +189,37 @@ def test_chunks_change_nothing():
     torch.testing.assert_close(whole, torch.stack(items, dim=1), rtol=0, atol=ATOL)
     small = run_circuits(model, clean, corrupt, circuits, METRIC, memory_mb=0)
     torch.testing.assert_close(whole, small, rtol=0, atol=ATOL)
+
+
+def test_out_of_memory_halves_the_chunk(monkeypatch):
+    model, (clean, corrupt) = shared_model("gpt2"), pairs()
+    circuits = random_circuits(Graph.of(model), 4)
+    whole = run_circuits(model, clean, corrupt, circuits, METRIC)
+    final, rows = MaskedRun.final, []
+
+    def small(run, keep, extra=None):
+        rows.append(len(keep) * len(run.embed))
+        if rows[-1] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return final(run, keep, extra)
+
+    monkeypatch.setattr(MaskedRun, "final", small)
+    again = run_circuits(model, clean, corrupt, circuits, METRIC)
+    torch.testing.assert_close(again, whole, rtol=0, atol=ATOL)
+    assert max(rows) > 2 >= min(rows)
+
+
+def test_half_precision():
+    model, (clean, corrupt) = HookedModel(tiny_model("llama", dtype="bfloat16")), pairs()
+    exact = shared_model("llama")
+    circuits = random_circuits(Graph.of(model), 3)
+    for ablation in ("resample", "mean"):
+        rough, fine = (
+            run_circuits(m, clean, corrupt, circuits, METRIC, ablation=ablation)
+            for m in (model, exact)
+        )
+        assert rough.dtype == torch.bfloat16
+        assert float((rough - fine).abs().max()) < 0.1 * float(fine.abs().max())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "olmo2"])
@@ -454,6 +486,8 @@ def test_errors_are_one_line():
         assert "\n" not in str(caught.value)
     with pytest.raises(AnalysisError, match="a sender must come before"):
         patch_path(model, clean, corrupt, ["mlp.2"], ["q.1.0"], METRIC)
+    with pytest.raises(AnalysisError, match="no edge mlp"):
+        edge_effects(model, clean, corrupt, METRIC, edges=[("mlp.2", "q.1.0")])
     scores = torch.zeros(graph.mask.shape)
     with pytest.raises(AnalysisError, match="ascending shares"):
         faithfulness_curve(model, clean, corrupt, METRIC, scores, sizes=(0.5, 0.2))

@@ -20,7 +20,7 @@ from mechinterp.contexts import Context
 from mechinterp.errors import AnalysisError, ModelError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.circuits.paths import writer_changes
-from mechinterp.patching.circuits.prompts import Prompts
+from mechinterp.patching.circuits.prompts import Prompts, in_chunks
 from mechinterp.patching.circuits.reference import Reference, reference_run
 from mechinterp.patching.graph import Graph, Node
 from mechinterp.patching.metrics import Metric
@@ -67,27 +67,34 @@ def edge_effects(
     if edges is not None:
         wanted = torch.zeros_like(graph.mask)
         for writer, reader in edges:
-            wanted[graph.writer_index(writer), graph.reader_index(reader)] = True
-        wanted &= graph.mask
+            place = graph.writer_index(writer), graph.reader_index(reader)
+            if not graph.mask[place]:
+                raise AnalysisError(
+                    f"no edge {writer} -> {reader}: the writer does not come before"
+                )
+            wanted[place] = True
     n_items, n_positions = prompts.clean.shape
     per_item = n_positions * (len(graph.writers) + 6 * model.n_layers) * model.d_model
-    size = max(1, memory_mb * 2**20 // (per_item * model.dtype.itemsize))
+    most = max(1, memory_mb * 2**20 // (per_item * model.dtype.itemsize))
+    most_rows = _rows_per_batch(model, n_positions, memory_mb)
     effects = torch.full((n_items, *graph.mask.shape), torch.nan, dtype=model.dtype)
     with progress_bar("edges", int(wanted.sum()) * n_items, unit="edges") as advance:
-        for start in range(0, n_items, size):
-            rows = slice(start, start + size)
-            part = _ItemEdges(prompts, graph, rows, memory_mb)
+
+        def run(rows: slice, size: int) -> None:
+            part = _ItemEdges(prompts, graph, rows, max(1, most_rows * size // most))
             for column in wanted.any(0).nonzero().flatten().tolist():
                 writers = wanted[:, column].nonzero().flatten()
                 effects[rows, writers, column] = part.into(column, writers).cpu()
                 advance(len(writers) * len(part.items))
+
+        in_chunks(n_items, most, run)
     return effects if keep_items else effects.mean(0)
 
 
 class _ItemEdges:
     """A batch of items, their own run, and what every writer changes from it to the other run."""
 
-    def __init__(self, prompts: Prompts, graph: Graph, rows: slice, memory_mb: int) -> None:
+    def __init__(self, prompts: Prompts, graph: Graph, rows: slice, size: int) -> None:
         self.prompts, self.graph, self.model = prompts, graph, prompts.model
         mask = prompts.mask_of(rows)
         self.padded = mask is not None
@@ -100,7 +107,7 @@ class _ItemEdges:
         self.items = self.items.to(self.model.device)
         self.decision = prompts.decision[rows]
         self.base = self._score(self.own.final, torch.arange(len(self.items)))
-        self.size = _rows_per_batch(self.model, prompts.clean.shape[1], memory_mb)
+        self.size = size
 
     def into(self, column: int, writers: Int[Tensor, " writers"]) -> Float[Tensor, "items writers"]:
         """The effects of edges into one reader."""

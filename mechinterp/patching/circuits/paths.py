@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
-from mechinterp.patching.circuits.prompts import Prompts, rows_per_batch
+from mechinterp.patching.circuits.prompts import Prompts, in_chunks, rows_per_batch
 from mechinterp.patching.circuits.reference import Reference, reference_run
 from mechinterp.patching.circuits.runs import MaskedRun, checked_start
 from mechinterp.patching.graph import Graph, Node
@@ -64,18 +64,20 @@ def patch_path(
     sending[:, columns] = direct
     keep = rearrange(torch.cat([sending, keep]), "sources readers -> 1 sources readers")
     size = rows_per_batch(prompts, memory_mb, extra=len(rows), start=first)
-    values = []
-    for start in range(0, len(prompts.clean), size):
-        part = slice(start, start + size)
+    values = torch.empty(len(prompts.clean), dtype=model.dtype, device=model.device)
+
+    def run(part: slice, size: int) -> None:
         own, other = (
             reference_run(model, tokens[part], attention_mask=prompts.mask_of(part), start=first)
             for tokens in (prompts.clean, prompts.corrupt)
         )
         change = writer_changes(model, graph, own, other, rows)
         final = MaskedRun.of(prompts, part, own, first).final(keep, change)[0]
-        items = torch.arange(start, start + len(final), device=model.device)
-        values.append(prompts.score(final, items))
-    return torch.cat(values)
+        items = torch.arange(part.start, part.stop, device=model.device)
+        values[part] = prompts.score(final, items)
+
+    in_chunks(len(values), size, run)
+    return values
 
 
 def writer_changes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +88,29 @@ class Prompts:
     @torch.no_grad()
     def plain(self, memory_mb: int) -> Float[Tensor, " items"]:
         """The metric of the plain model on the clean prompts."""
-        size = rows_per_batch(self, memory_mb)
-        values = []
-        for start in range(0, len(self.clean), size):
-            final = self.final(slice(start, start + size))
-            items = torch.arange(start, start + len(final), device=final.device)
-            values.append(self.score(final, items))
-        return torch.cat(values)
+        values = torch.empty(len(self.clean), dtype=self.model.dtype, device=self.model.device)
+
+        def run(rows: slice, size: int) -> None:
+            items = torch.arange(rows.start, rows.stop, device=values.device)
+            values[rows] = self.score(self.final(rows), items)
+
+        in_chunks(len(self.clean), rows_per_batch(self, memory_mb), run)
+        return values
+
+
+def in_chunks(n: int, size: int, run: Callable[[slice, int], None]) -> None:
+    """Call `run(items, size)` for consecutive items, at most `size` at a time; where the memory
+    does not suffice, `size` is halved and the items are run again."""
+    start = 0
+    while start < n:
+        try:
+            run(slice(start, min(start + size, n)), size)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU raises a plain one
+            if size == 1 or "memory" not in str(error):
+                raise
+            size //= 2
+            continue
+        start += size
 
 
 def rows_per_batch(prompts: Prompts, memory_mb: int, *, extra: int = 0, start: int = 0) -> int:

@@ -118,7 +118,7 @@ def mean_reference(
     Padding does not enter; where no prompt has a token the mean is zero.
     """
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
-    mask = mask.to(model.device, model.dtype)
+    mask = mask.to(model.device, torch.float64)
     total = None
     for start in range(0, len(tokens), items_per_batch):
         rows = slice(start, start + items_per_batch)
@@ -126,14 +126,15 @@ def mean_reference(
         part = reference_run(model, tokens[rows], attention_mask=part_mask)
 
         def summed(x: Tensor, weight: Tensor = mask[rows]) -> Tensor:
-            return (x * weight.reshape(*weight.shape, *[1] * (x.ndim - 2))).sum(0, keepdim=True)
+            x = x.double() * weight.reshape(*weight.shape, *[1] * (x.ndim - 2))
+            return x.sum(0, keepdim=True)
 
         part = part.map(summed)
         total = part if total is None else total.map(torch.add, part)
     if total is None:
         raise AnalysisError("mean ablation: the reference set is empty")
     count = mask.sum(0).clamp(min=1)
-    mean = total.map(lambda x: x / count.reshape(1, -1, *[1] * (x.ndim - 2)))
+    mean = total.map(lambda x: (x / count.reshape(1, -1, *[1] * (x.ndim - 2))).to(model.dtype))
     return Reference(**{**mean.__dict__, "is_run": False})
 
 

@@ -27,7 +27,7 @@ from mechinterp.contexts import Context, KeyValues
 from mechinterp.errors import AnalysisError, ModelError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.circuits.attention import attend
-from mechinterp.patching.circuits.prompts import Prompts, rows_per_batch
+from mechinterp.patching.circuits.prompts import Prompts, in_chunks, rows_per_batch
 from mechinterp.patching.circuits.reference import (
     ABLATIONS,
     Ablation,
@@ -41,7 +41,8 @@ from mechinterp.patching.metrics import Metric
 from mechinterp.progress import progress_bar
 
 Circuit = Bool[Tensor, "writers readers"]
-TOLERANCE = 1e-4  # of the largest residual, when the full circuit is compared to the plain model
+# Of the largest residual, when the full circuit is compared to the plain model.
+TOLERANCE, TOLERANCE_IN_HALF_PRECISION = 1e-4, 5e-2
 
 
 @dataclass(frozen=True)
@@ -269,23 +270,24 @@ def run_circuits(
     first = checked_start(prompts, shared)
     graph = Graph.of(model)
     keep = checked_circuits(graph, circuits)
-    size = rows_per_batch(prompts, memory_mb, start=first)
     values = torch.empty(len(keep), len(prompts.clean), dtype=model.dtype, device=model.device)
     with progress_bar("circuits", values.numel(), unit="runs") as advance:
-        for start in range(0, len(prompts.clean), size):
-            rows = slice(start, start + size)
-            reference = batch_reference(prompts, rows, shared, first)
-            run = MaskedRun.of(prompts, rows, reference, first)
-            n_items = len(run.embed)
-            items = torch.arange(start, start + n_items, device=model.device)
-            together = max(1, size // n_items)
+
+        def run(rows: slice, size: int) -> None:
+            masked = MaskedRun.of(
+                prompts, rows, batch_reference(prompts, rows, shared, first), first
+            )
+            items = torch.arange(rows.start, rows.stop, device=model.device)
+            together = max(1, size // len(items))
             for begin in range(0, len(keep), together):
                 part = slice(begin, begin + together)
                 masks = torch.stack([mask & graph.mask for mask in keep[part]])
-                final = rearrange(run.final(masks), "c i d -> (c i) d")
+                final = rearrange(masked.final(masks), "c i d -> (c i) d")
                 scores = prompts.score(final, items.repeat(len(masks)))
-                values[part, rows] = scores.view(len(masks), n_items)
-                advance(len(masks) * n_items)
+                values[part, rows] = scores.view(len(masks), len(items))
+            advance(len(keep) * len(items))
+
+        in_chunks(len(prompts.clean), rows_per_batch(prompts, memory_mb, start=first), run)
     return values
 
 
@@ -334,12 +336,14 @@ def checked_start(prompts: Prompts, shared: Reference | None) -> int:
     if shared is None:
         differs = (prompts.clean != prompts.corrupt).any(0).nonzero().flatten()
         first = min([int(prompts.decision.min()), *differs[:1].tolist()])
+    exact = prompts.model.dtype in (torch.float32, torch.float64)
+    tolerance = TOLERANCE if exact else TOLERANCE_IN_HALF_PRECISION
     for start in sorted({first, 0}, reverse=True):
         reference = batch_reference(prompts, row, shared, start)
         run = MaskedRun.of(prompts, row, reference, start)
         error = float((run.final(run.graph.mask[None])[0] - plain).abs().max())
         scale = max(1.0, float(plain.abs().max()))
-        if error <= TOLERANCE * scale:
+        if error <= tolerance * scale:
             return start
     raise ModelError(
         f"with all edges kept the run differs from the network's by {error:.2g} (values up to "

@@ -352,6 +352,20 @@ def test_a_writers_edges_add_up_to_its_node(family):
         assert total == pytest.approx(float(expected), abs=1e-4, rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+def test_sdpa_gives_the_same(family):
+    """Only the patterns need eager attention."""
+    sdpa = HookedModel(tiny_model(family, attn_implementation="sdpa"))
+    for method in METHODS:
+        both = [
+            attribute_edges(m, **prompts(), metric=METRIC, method=method)
+            for m in (sdpa, model(family))
+        ]
+        torch.testing.assert_close(
+            both[0].scores, both[1].scores, rtol=1e-3, atol=1e-4, equal_nan=True
+        )
+
+
 # ---- EAP-IG --------------------------------------------------------------------------------------
 
 

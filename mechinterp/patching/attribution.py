@@ -28,6 +28,7 @@ from mechinterp.patching.attention_fix import saturated_effects
 from mechinterp.patching.attribution_result import Attribution
 from mechinterp.patching.gradients import (
     PromptPairs,
+    budget_mb,
     dropping_gradients,
     in_batches,
     make_pairs,
@@ -85,7 +86,7 @@ def attribute_grains(
     source: HookedModel | None = None,
     attention_mask: Int[Tensor, "items positions"] | None = None,
     decision: int | Int[Tensor, " items"] = -1,
-    memory_mb: float = 512,
+    memory_mb: float | None = None,
 ) -> dict[str, Attribution]:
     """Attribution patching of several grains, from the same forward and backward passes.
 
@@ -106,7 +107,8 @@ def attribute_grains(
         source: the network whose activations are patched in; None is `model` itself.
         attention_mask: 1 for real tokens; the same for both runs.
         decision: the position whose logits the metric reads, for all items or per item.
-        memory_mb: bound on the memory of one batch of rows, approximately.
+        memory_mb: bound on the memory of one batch of rows, approximately; None is a part of what
+            is free. Where memory runs out all the same, batches are halved.
 
     Raises:
         AnalysisError: the arguments do not fit together.
@@ -129,7 +131,7 @@ def attribute_grains(
         decision=decision,
     )
     giver = model if source is None else source
-    rows = rows_that_fit(model, corrupt.shape[1], memory_mb)
+    rows = rows_that_fit(model, corrupt.shape[1], budget_mb(model, memory_mb))
     task = _Task(model, giver, tuple(grains), by_position, n_steps, attention_fix, grad_drop, rows)
     estimate = task.by_site if alone else task.by_inputs
     batches = in_batches("attribution", len(pairs), rows, lambda part: estimate(pairs.select(part)))

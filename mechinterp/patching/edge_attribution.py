@@ -33,6 +33,7 @@ from mechinterp.patching.gradients import (
     Gradients,
     LiveRun,
     PromptPairs,
+    budget_mb,
     in_batches,
     make_pairs,
     mean_over_path,
@@ -134,7 +135,7 @@ def attribute_edges(
     by_position: bool = False,
     attention_mask: Int[Tensor, "items positions"] | None = None,
     decision: int | Int[Tensor, " items"] = -1,
-    memory_mb: float = 512,
+    memory_mb: float | None = None,
 ) -> EdgeAttribution:
     """Attribution of every edge of the network's graph.
 
@@ -148,7 +149,8 @@ def attribute_edges(
         by_position: keep [writers, readers, positions].
         attention_mask: 1 for real tokens; the same for both runs.
         decision: the position whose logits the metric reads, for all items or per item.
-        memory_mb: bound on the memory of one batch, approximately.
+        memory_mb: bound on the memory of one batch, approximately; None is a part of what is free.
+            Where memory runs out all the same, batches are halved.
 
     Raises:
         AnalysisError: the arguments do not fit together.
@@ -167,7 +169,7 @@ def attribute_edges(
         attention_mask=attention_mask,
         decision=decision,
     )
-    size, rows = _sizes(model, corrupt.shape[1], memory_mb)
+    size, rows = _sizes(model, corrupt.shape[1], budget_mb(model, memory_mb))
     task = _Task(model, Graph.of(model), path_points(n_steps), rows, by_position)
     run = task.by_activations if method == "EAP-IG-activations" else task.by_inputs
     kept: list[Tensor] = []

@@ -13,6 +13,7 @@ from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.circuits.edges import edge_effects
 from mechinterp.patching.edge_attribution import EdgeAttribution, attribute_edges
+from mechinterp.patching.gradients import budget_mb
 from mechinterp.patching.metrics import Metric
 from mechinterp.patching.screening import Trust, measure_trust
 from mechinterp.randomness import derive_generator
@@ -78,7 +79,7 @@ def screen_edges(
     per_item: bool = False,
     attention_mask: Int[Tensor, "items positions"] | None = None,
     decision: int | Int[Tensor, " items"] = -1,
-    memory_mb: int = 512,
+    memory_mb: float | None = None,
     level: float = 0.95,
     seed: int = 0,
 ) -> EdgeScreening:
@@ -124,7 +125,7 @@ def screen_edges(
         keep_items=True,
         attention_mask=attention_mask,
         decision=decision,
-        memory_mb=memory_mb,
+        memory_mb=max(1, int(budget_mb(model, memory_mb))),
     )
     effect = effects[(slice(None), *edges.unbind(1))]
     selected = torch.arange(len(edges)) < top_k

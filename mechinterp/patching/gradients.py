@@ -22,6 +22,7 @@ from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention, intervening
 from mechinterp.model_checks import check_sites
+from mechinterp.patching.memory import memory_budget
 from mechinterp.patching.metrics import Metric
 from mechinterp.progress import progress_bar
 from mechinterp.sites import Site
@@ -272,6 +273,11 @@ def mean_over_path(
 def repeat_rows(n_items: int, n_times: int, device: torch.device) -> Int[Tensor, " rows"]:
     """The item of each row of `path_rows`."""
     return repeat(torch.arange(n_items, device=device), "items -> (times items)", times=n_times)
+
+
+def budget_mb(model: HookedModel, memory_mb: float | None) -> float:
+    """The memory asked for, or a part of what is free."""
+    return memory_budget(model.device) / 2**20 if memory_mb is None else memory_mb
 
 
 def rows_that_fit(model: HookedModel, n_positions: int, memory_mb: float) -> int:

@@ -24,6 +24,7 @@ from mechinterp.interventions import Intervention, intervening
 from mechinterp.patching.attribution import AXES, Attribution, attribute
 from mechinterp.patching.gradients import (
     PromptPairs,
+    budget_mb,
     in_batches,
     make_pairs,
     repeat_rows,
@@ -138,7 +139,7 @@ def screen(
     source: HookedModel | None = None,
     attention_mask: Int[Tensor, "items positions"] | None = None,
     decision: int | Int[Tensor, " items"] = -1,
-    memory_mb: float = 512,
+    memory_mb: float | None = None,
     level: float = 0.95,
     seed: int = 0,
     **options,
@@ -198,7 +199,7 @@ def patch_cells(
     source: HookedModel | None = None,
     attention_mask: Int[Tensor, "items positions"] | None = None,
     decision: int | Int[Tensor, " items"] = -1,
-    memory_mb: float = 512,
+    memory_mb: float | None = None,
 ) -> Float[Tensor, "items cells"]:
     """Exact change of the metric by each of a few patches; arguments as of `screen`.
 
@@ -215,7 +216,7 @@ def patch_cells(
         decision=decision,
     )
     giver = model if source is None else source
-    rows = rows_that_fit(model, corrupt.shape[1], memory_mb)
+    rows = rows_that_fit(model, corrupt.shape[1], budget_mb(model, memory_mb))
     batches = in_batches(
         f"patching {grain}",
         len(pairs),

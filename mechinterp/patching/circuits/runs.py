@@ -211,7 +211,7 @@ class _Deltas:
         weights = weights * rearrange(self.live[:n], "w -> w 1")
         stream = rearrange(base, "i p d -> 1 i 1 p d")
         if self.is_run:
-            # Not where streams may be zero, as a norm would blow up the rounding.
+            # Not with other references: what is left may be small beside what is subtracted.
             absent = weights.clone()
             absent[:, self.first :] -= rearrange(self.live[self.first : n], "w -> w 1").to(absent)
             if _n_rows(absent) < _n_rows(weights):

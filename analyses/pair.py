@@ -7,17 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 
 from analyses.streams import DecisionStreams, check_fits, read_streams, task_costs
 from mechinterp import decisions
-from mechinterp.errors import AnalysisError
+from mechinterp.errors import AnalysisError, SpecError
 from mechinterp.hooked import HookedModel
 from mechinterp.spec import AnalysisSpec, TaskSpec
 from mechinterp.tasks.base import Items, Task
+
+if TYPE_CHECKING:
+    from mechinterp.checkpoints import Checkpoint
 
 Tables = dict[str, pd.DataFrame]
 
@@ -52,6 +55,7 @@ class Pair:
         for arm, checkpoint in checkpoints.items():
             if arm != "before":
                 CheckpointPair(checkpoints["before"], checkpoint)
+            _check_task(checkpoint, task)
         made = task.make_for(checkpoints["before"])
         models = {
             arm: HookedModel.from_checkpoint(checkpoint, **load_options)
@@ -116,6 +120,16 @@ class Pair:
             for arm, table in parts.items()
         ]
         return pd.concat(labelled, ignore_index=True)
+
+
+def _check_task(checkpoint: Checkpoint, task: TaskSpec) -> None:
+    """Raise SpecError where a network that was trained on one of our tasks is given another."""
+    trained = checkpoint.provenance.task if checkpoint.provenance else None
+    if trained and trained.get("name", task.task) != task.task:
+        raise SpecError(
+            f"{checkpoint.path}: was trained on task {trained['name']!r}, --task is {task.task!r}; "
+            "give the task file that the study left in tasks/"
+        )
 
 
 def run_script(analyse: Callable[[Pair], Tables], *, figure: str, description: str) -> None:

@@ -97,16 +97,15 @@ def _graph(ax: Axes, rows: pd.DataFrame, n_layers: int) -> None:
         shape = "s" if node.startswith("mlp") else "o"
         ends = node in ("embed", "logits")
         ax.plot(x, y, shape, color="black" if ends else "white", mec="black", mew=0.6, ms=4)
-        if node.startswith(("head", "attn")):
-            name = node.split(".")[-1] if node.startswith("head") else ""
-            ax.annotate(name, (x, y), ha="center", va="center", fontsize=3.5)
-        elif ends:
+        if ends:
             ax.annotate(node, (x, y), xytext=(5, 0), textcoords="offset points", va="center")
     stride = max(1, n_layers // 6)
     ax.set_yticks([layer + 1.0 for layer in range(0, n_layers, stride)])
     ax.set_yticklabels([str(layer) for layer in range(0, n_layers, stride)])
-    ax.set(xlim=(-0.08, 1.12), ylim=(-0.4, n_layers + 1.4), xticks=[])
-    ax.spines["bottom"].set_visible(False)
+    heads = range(0, n_heads, max(1, n_heads // 8))
+    ax.set_xticks([*(_at(f"head.0.{head}", n_heads, n_layers)[0] for head in heads), 1.0])
+    ax.set_xticklabels([*(str(head) for head in heads), "MLP"])
+    ax.set(xlim=(-0.08, 1.12), ylim=(-0.4, n_layers + 1.4), xlabel="Head")
 
 
 def _ends(reader: str, writers: set[str]) -> list[str]:
@@ -118,7 +117,9 @@ def _ends(reader: str, writers: set[str]) -> list[str]:
     kind, layer, head = match[1], int(match[2]), int(match[3])
     if kind == "q":
         return [f"head.{layer}.{head}"]
-    here = [node for node in writers if re.fullmatch(rf"(head|attn)\.{layer}(\.\d+)?", node)]
+    here = [
+        node for node in sorted(writers) if re.fullmatch(rf"(head|attn)\.{layer}(\.\d+)?", node)
+    ]
     exact = f"head.{layer}.{head}"
     return [exact] if exact in here else here
 

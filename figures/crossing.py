@@ -99,6 +99,8 @@ def draw(
                 for cut in own.loc[own["verdict_cut"], "cut"].unique():
                     ax.axvline(cut, color="black", lw=0.6, ls=(0, (1, 2)), zorder=0)
         name = style.wrap(style.arm_label(arm), 20)
+        if len({costs for _, costs in arms}) > 1 and not costs_of(arm):
+            name += f", {style.costs_label(costs)}"
         axes[2 * index, 0].set_ylabel(f"{name}\nlog score less A's (%)")
         axes[2 * index + 1, 0].set_ylabel(f"{name}\nchange (%)")
     for ax, readout in zip(axes[0], readouts, strict=True):

@@ -33,7 +33,8 @@ CAPTION = (
     "grounds can no longer be read out) against change in choosing loss (right: they can, and are "
     "not acted on), in expected log score at the stated costs, as % of oracle − best constant "
     "action. The origin (+) is continued symmetric training at the same step, adjusted ex post to "
-    "these costs where that arm exists; for a pair it is the checkpoint before. The second data "
+    "these costs where that arm exists; for a pair it is the control where one was given, else the "
+    "checkpoint before. The second data "
     "order, a null, is compared with the control at symmetric costs, for which both were trained. "
     "Paths run over training steps, from small to large markers; the last marker bears the "
     "intervals, thin lines are single seeds. Grey bands: the margin of ±5%, within which no "
@@ -97,17 +98,21 @@ def draw(source: str | Path | Tables) -> Figure:
     for ax, task in zip(axes[:, 0], tasks, strict=True):
         ax.set_ylabel(style.wrap(task))
     pair = set(seen["regime"]) == {"pair"}
-    versus = "from the checkpoint before" if pair else "against the control"
+    controlled = not pair or "control" in set(losses["arm"])
+    versus = "against the control" if controlled else "from the checkpoint before"
     label = f"Change in {{}} loss {versus}\n(% of oracle − constant)"
     figure.supxlabel(label.format("choosing"), fontsize=7)
-    figure.supylabel(label.format("learning"), fontsize=7)
+    short = label if len(panels) > 1 else label.replace(" loss ", " loss\n")
+    figure.supylabel(short.format("learning"), fontsize=7)
     style.letter_panels(axes)
     names = {
         "symmetric": "symmetric, not adjusted",
         "symmetric_reordered": "second data order (null)",
     }
     adjusted = ", adjusted ex post" if losses["arm"].str.startswith("ex_post").any() else ""
-    origin = "checkpoint before" if pair else f"symmetric{adjusted}"
+    origin = f"symmetric{adjusted}"
+    if pair:
+        origin = "control" if controlled else "checkpoint before"
     handles = style.arm_handles(arms_in(seen), names)
     handles.append(style.handle(f"origin: {origin}", marker="+", ms=6, ls="none"))
     note = style.seeds_note(*(summary for end in ends for summary in end.values()))
@@ -135,10 +140,10 @@ def _changes(rows: pd.DataFrame, costs: str) -> pd.DataFrame:
     wide = rows.pivot_table(index=keys, columns="loss", values="value", observed=True)
     wide = (100 * wide.reindex(columns=PLANE)).reset_index()
     arms = arms_in(wide)
-    candidates = ("before", f"ex_post_{costs.removeprefix('w')}", "symmetric")
+    candidates = ("control", "before", f"ex_post_{costs.removeprefix('w')}", "symmetric")
     origin = next((arm for arm in candidates if arm in arms), None)
-    # The checkpoint before is one for all steps; a control is compared at equal steps.
-    on = ["seed"] if origin == "before" else ["seed", "step"]
+    # A pair's origin is one for all steps; a study's control is compared at equal steps.
+    on = ["seed"] if origin in ("before", "control") else ["seed", "step"]
     merged = wide[wide["arm"] != origin].merge(
         wide.loc[wide["arm"] == origin, [*on, *PLANE]], on=on, suffixes=("", "_origin")
     )
@@ -157,7 +162,9 @@ def _end(path: pd.DataFrame, contrasts: pd.DataFrame | None) -> dict[str, pd.Dat
     for loss, summary in end.items():
         if contrasts is not None and (summary["regime"] == "pair").all():
             keys = {key: summary[key].iat[0] for key in ("task", "regime", "costs", "arm")}
-            match = where(contrasts, **keys, currency="log_score", loss=loss, reference="before")
+            match = where(contrasts, **keys, currency="log_score", loss=loss)
+            if (match["reference"] == "control").any():
+                match = where(match, reference="control")
             if len(match) == 1:
                 summary[["low", "high"]] = 100 * match[["low", "high"]].to_numpy(float)
     return end

@@ -15,6 +15,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+SIZES = {  # as `inspect` prints them -> the key in config.json
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv heads": "num_key_value_heads",
+    "d_model": "hidden_size",
+}
 Task = Annotated[
     str, typer.Option("--task", help="A task's name, or a task file (.yaml); see `tasks`.")
 ]
@@ -87,7 +93,9 @@ def compare(
         command=_command(),
         attn_implementation=attention,
     )
-    print(f"verdict: {verdict.verdict}\n{in_words(verdict)}\n{out / 'report.html'}")
+    is_damage = verdict.verdict not in ("none", "inconclusive")
+    word = f"{verdict.verdict} damaged" if is_damage else verdict.verdict
+    print(f"verdict: {word}\n{in_words(verdict)}\n{out / 'report.html'}")
 
 
 @app.command()
@@ -141,7 +149,10 @@ def circuits(
 @app.command()
 def figures(
     directory: Annotated[Path, typer.Argument(help="What a study or comparison left.")],
-    only: Annotated[Optional[list[str]], typer.Option(help="Figure to draw; repeatable.")] = None,  # noqa: UP045
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Figure to draw, by its file's name in figures/; repeatable."),
+    ] = None,
 ) -> None:
     """Draw the figures of a finished study or comparison again, from its saved tables."""
     from figures import draw_all
@@ -193,6 +204,9 @@ def inspect(
     opened = open_checkpoint(checkpoint)
     print(f"architecture  {opened.architecture}")
     print(f"parameters    {opened.n_parameters:,}")
+    for label, key in SIZES.items():
+        if key in opened.config:
+            print(f"{label:13} {opened.config[key]}")
     print(f"vocabulary    {opened.vocab_size:,}")
     print(f"tokenizer     {'yes' if opened.has_tokenizer else 'no'}")
     print(f"content hash  {opened.content_hash}")
@@ -247,6 +261,8 @@ def _analyse(
 def _tables(directory: Path) -> Path:
     from mechinterp.errors import AnalysisError
 
+    if not (directory / "tables").is_dir() and (directory / "steps").is_dir():
+        raise AnalysisError(f"{directory}: is not finished; give the same command again to go on")
     if not (directory / "tables").is_dir():
         raise AnalysisError(f"{directory}: has no tables/; give the --out of a study or compare")
     return directory / "tables"

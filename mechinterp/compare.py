@@ -166,7 +166,7 @@ def in_words(verdict: Verdict) -> str:
         "inconclusive": "The run cannot tell.",
     }[verdict.verdict]
     sides = [
-        f"The {name} loss rose by {100 * side.delta:+.1f} points "
+        f"The {name} loss changed by {100 * side.delta:+.1f} points "
         f"(95% interval {100 * side.ci[0]:+.1f} to {100 * side.ci[1]:+.1f}): {side.state}."
         for name, side in zip(SIDES, (verdict.learning, verdict.choosing), strict=True)
     ]
@@ -181,7 +181,8 @@ def in_words(verdict: Verdict) -> str:
     return (
         f"{what} {' '.join(sides)} By parts: {', '.join(parts)}.{note} Points are hundredths of "
         f"(oracle - best constant), in log score at {verdict.costs} costs, against the "
-        f"{verdict.reference} network; a rise of up to {100 * verdict.margin:.0f} is no damage."
+        f"{verdict.reference} network as it is, not adjusted to these costs; more is worse, and a "
+        f"rise of up to {100 * verdict.margin:.0f} is no damage."
     )
 
 

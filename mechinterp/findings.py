@@ -19,7 +19,9 @@ def summarise_study(
     spec: StudySpec, tables: dict[str, pd.DataFrame]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Paragraphs ({"heading", "text"}) for the report, and what the study is not powered for."""
-    paragraphs = [_competence(_records(tables["competence"]))]
+    competence = _records(tables["competence"])
+    paragraphs = [_competence(competence)]
+    void = {row["task"] for row in competence if not row["competent"]}
     not_powered = []
     contrasts = _records(tables["contrasts"])
     for name in spec.weights:
@@ -38,6 +40,8 @@ def summarise_study(
                     if all(row[key] == value for key, value in cell.items())
                 }
                 text = _weighted(rows)
+                if task in void:
+                    text = f"Void: not every symmetric network knows the task. {text}"
                 paragraphs.append(
                     {"heading": f"Weights {name} on {task}, {REGIMES[regime]}", "text": text}
                 )
@@ -65,26 +69,28 @@ def _competence(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _weighted(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """Weighted training against symmetric training, and against its ex-post shift."""
-    sentences = []
-    for loss in ("learning", "choosing"):
-        if row := rows.get((loss, "control")):
-            sentences.append(
-                f"Weighted training's {loss} loss is {_amount(row)} that of symmetric training: "
-                f"{row['state']}."
-            )
-    if row := rows.get(("total", "ex_post")):
-        sentences.append(
-            f"In total it loses {_amount(row)} symmetric training with the ex-post shift."
+    """Weighted training against symmetric training that is adjusted to the same costs ex post."""
+    sentences = [
+        f"{name}: {_amount(row)}, {row['state']}."
+        for name, loss in (
+            ("Learning loss", "learning"),
+            ("Choosing loss", "choosing"),
+            ("In total", "total"),
         )
-    unit = "In log score at these costs, in % of (oracle - best constant), with 95% intervals."
+        if (row := rows.get((loss, "ex_post")))
+    ]
+    unit = (
+        "Weighted training against symmetric training with the ex-post shift to the same costs, in "
+        "expected log score at these costs, in % of (oracle - best constant), with 95% t intervals "
+        "over seeds."
+    )
     return " ".join([*sentences, unit])
 
 
 def _amount(row: dict[str, Any]) -> str:
     mean, low, high = (100 * row[key] for key in ("mean", "low", "high"))
     more = "more" if mean > 0 else "less"
-    return f"{abs(mean):.1f} points ({low:+.1f} to {high:+.1f}, {row['n_seeds']} seeds) {more} than"
+    return f"{abs(mean):.1f} points {more} ({low:+.1f} to {high:+.1f}, {row['n_seeds']} seeds)"
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -82,7 +82,9 @@ def contrast_tables(tables: Tables) -> list[ReportTable]:
             title=f"Changes of the losses against {name}",
             note="Hundredths of (oracle − best constant action) of expected log score; positive "
             "is worse; brackets are 95% intervals over seeds, for a single pair over items. States "
-            "and p values (of no change) are of learning and of choosing.",
+            "and p values are of learning and of choosing; p is of no change: over "
+            "seeds an exact sign-flip test, which with n seeds cannot fall below 2 / 2^n; for a "
+            "single pair a t test over groups of items.",
             columns=[
                 *(*CELL_TITLES, *(_title(loss) for loss in losses)),
                 *("Learning is", "Choosing is", "p, learning", "p, choosing", "Seeds"),

@@ -225,9 +225,15 @@ def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
         spec = check(StudySpec, _overlay(raw, spec.presets[preset]), source=f"{path} ({preset})")
     for name, task in spec.tasks.items():
         try:
-            task.make()
+            n_actions = len(task.make().actions)
         except TaskError as error:
             raise SpecError(f"{path}: tasks.{name}.settings: {error}") from error
+        for label, weights in spec.weights.items():
+            if len(weights) != n_actions:
+                raise SpecError(
+                    f"{path}: weights.{label}: has {len(weights)} numbers, task {name!r} has "
+                    f"{n_actions} labels; give one weight per label"
+                )
     return spec
 
 

@@ -245,6 +245,7 @@ def _run(missing: list[Step], plan: Plan, out: Path, n_workers: int) -> float:
     begun = time.monotonic()
     remove_remains(out)
     if missing:
+        _link_runs(plan, out)
         done = len(plan.steps) - len(missing)
         print(
             f"{plan.spec.name}: {len(missing)} steps to do, {done} done before, "
@@ -287,9 +288,7 @@ def _assemble(
     tables = study_tables(plan, out)
     for name, table in tables.items():
         files.write_table(out / "tables" / f"{name}.parquet", table)
-    for name, spec in plan.spec.tasks.items():
-        _write_task_file(out / "tasks" / f"{name}.yaml", spec, plan.spec)
-    _link_checkpoints(plan, out)
+    _write_ex_post_arms(plan, out)
     folders = {"tables_dir": str(out / "tables"), "out_dir": str(out / "figures")}
     jobs = [Job(name, "figures.draw_all", {**folders, "names": [name]}) for name in NAMES]
     for _ in run_jobs(jobs, n_workers=n_workers, label="figures"):
@@ -302,6 +301,7 @@ def _assemble(
         "preset": preset,
         "command": command,
         "spec": plan.spec.model_dump(mode="json"),
+        "training": _training_as_run(plan.spec),
         "versions": {**library_versions(), "python": platform.python_version()},
         "machine": {"platform": platform.platform(), "processor": platform.machine()},
         "seeds": list(range(plan.spec.seeds)),
@@ -313,6 +313,14 @@ def _assemble(
     }
     files.write_json(out / "manifest.json", manifest)
     write_report(out, title=plan.spec.question or plan.spec.name)
+
+
+def _training_as_run(spec: StudySpec) -> dict[str, Any]:
+    """Every task's training in each regime, with the steps that the spec's lengths give it."""
+    return {
+        name: {regime: asdict(task.training_of(regime)) for regime in spec.regimes}
+        for name, task in spec.tasks.items()
+    }
 
 
 def _write_task_file(path: Path, task: StudyTask, spec: StudySpec) -> None:
@@ -328,13 +336,11 @@ def _write_task_file(path: Path, task: StudyTask, spec: StudySpec) -> None:
     files.write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
-def _link_checkpoints(plan: Plan, out: Path) -> None:
-    """`checkpoints/<task>/<regime>/<arm>/seed-<n>` leads to the run's trajectory.
-
-    Ex-post arms, the control with a shift in its provenance, are written out for the last step.
-    """
-    from mechinterp.checkpoints import open_checkpoint, with_action_shift
-
+def _link_runs(plan: Plan, out: Path) -> None:
+    """What a user looks for, from the start: `tasks/<task>.yaml`, and
+    `checkpoints/<task>/<regime>/<arm>/seed-<n>`, which leads to the run's trajectory."""
+    for name, spec in plan.spec.tasks.items():
+        _write_task_file(out / "tasks" / f"{name}.yaml", spec, plan.spec)
     for (task, regime, arm, seed), step in plan.runs.items():
         link = out / "checkpoints" / task / regime / arm / f"seed-{seed}"
         target = Path("../../../..") / step.directory(out).relative_to(out) / "trajectory"
@@ -342,6 +348,13 @@ def _link_checkpoints(plan: Plan, out: Path) -> None:
         if link.is_symlink() or link.exists():
             link.unlink()
         link.symlink_to(target)
+
+
+def _write_ex_post_arms(plan: Plan, out: Path) -> None:
+    """Ex-post arms, the control with a shift in its provenance, at their last step."""
+    from mechinterp.checkpoints import open_checkpoint, with_action_shift
+
+    for (task, regime, arm, seed), step in plan.runs.items():
         if arm != CONTROL or regime not in plan.spec.regimes:
             continue
         n_steps = plan.spec.tasks[task].training_of(regime).n_steps

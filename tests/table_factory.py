@@ -56,6 +56,7 @@ def study_tables(
     trained = [key for key in keys if not key[2].startswith("ex_post")]
     ends = [key for key in trained if key[4] == last]
     moved = [key for key in ends if key[2] != "symmetric" and key[1] != "from_init"]
+    shown = [key for key in ends if key[2] in ("symmetric", "weighted_1.98") and key[3] == 0]
     rows = {
         "probes": (trained, _probes, (n_layers, latents, unneeded)),
         "patching": (ends, _patching, (n_layers, n_heads, latents, patched_roles)),
@@ -63,6 +64,8 @@ def study_tables(
         "crossing": (moved, _crossing, (n_layers,)),
         "calibration": ([key for key in keys if key[4] == last], _calibration, ()),
         "calibration_summary": ([key for key in keys if key[4] == last], _calibration_summary, ()),
+        "circuit_edges": (shown, _circuit_edges, (n_layers, n_heads)),
+        "faithfulness": (shown, _faithfulness, ()),
         "training": (trained, _training, ()),
     }
     tables = {
@@ -376,6 +379,28 @@ def _crossing(task, regime, arm, seed, step, n_layers):
             "null": null,
             "verdict_cut": cut == max(1, round(0.6 * n_layers)),
         }
+
+
+def _circuit_edges(task, regime, arm, seed, step, n_layers, n_heads):
+    key = _key(task, regime, arm, seed, step)
+    heads = [f"head.{layer}.{head}" for layer in range(n_layers) for head in range(n_heads)]
+    edges = [("embed", reader.replace("head", part)) for reader in heads for part in "qkv"]
+    edges += [(writer, f"mlp.{n_layers - 1}") for writer in heads]
+    edges += [(writer, "logits") for writer in (*heads, f"mlp.{n_layers - 1}")]
+    scores = _noise("edge", arm, scale=1.0, size=len(edges))
+    for (writer, reader), score in zip(edges, scores, strict=True):
+        edge = {"writer": writer, "reader": reader, "score": score, "stderr": 0.1}
+        yield {**key, **edge, "in_circuit": abs(score) > 0.8}
+
+
+def _faithfulness(task, regime, arm, seed, step):
+    key = _key(task, regime, arm, seed, step)
+    for kind, draws in (("scored", 1), ("random", 2)):
+        for draw in range(draws):
+            for share in (0.001, 0.01, 0.1, 1.0):
+                value = share**0.2 if kind == "scored" else share**2
+                curve = {"faithfulness": value, "low": value - 0.05, "high": value + 0.05}
+                yield {**key, "kind": kind, "draw": draw, "share": share, **curve}
 
 
 def _calibration(task, regime, arm, seed, step):

@@ -67,7 +67,7 @@ def run_jobs(jobs: Sequence[Job], *, n_workers: int, label: str) -> Iterator[Job
     )
     running: dict[Future[tuple[Any, float]], str] = {}
     try:
-        with progress_bar(label, len(jobs), unit="job") as advance:
+        with progress_bar(label, len(jobs), unit="steps") as advance:
             while order.is_active():
                 for key in order.get_ready():
                     job = by_key[key]

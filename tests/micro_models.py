@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mechinterp.hooked import HookedModel
-from mechinterp.patching.metrics import LogitDifference, logit_diff
+from mechinterp.patching.metrics import LogitDifference, logit_difference
 
 N_LAYERS, N_HEADS, D_HEAD, D_MLP = 2, 2, 32, 8
 D_MODEL = N_HEADS * D_HEAD
@@ -173,7 +173,7 @@ def _task(
         HookedModel(builder.raw),
         clean,
         corrupt,
-        logit_diff(right, wrong),
+        logit_difference(correct=right, wrong=wrong),
         frozenset((writer, reader) for writer, reader in pairs),
         builder.decoy_nodes,
     )

@@ -13,7 +13,7 @@ from mechinterp.hooked import HookedModel
 from mechinterp.patching.circuit_comparison import crosswise_faithfulness, node_changes, overlap
 from mechinterp.patching.circuits import edge_effects, faithfulness_curve
 from mechinterp.patching.graph import Graph
-from mechinterp.patching.metrics import logit_diff
+from mechinterp.patching.metrics import logit_difference
 
 GRAPH = Graph(2, 4, 2, parallel=False, heads_write=True)
 
@@ -93,7 +93,7 @@ def test_moved_nodes():
 def test_crosswise_curves_are_the_single_ones():
     models = {"before": shared_model("llama"), "after": HookedModel(tiny_model("llama", seed=1))}
     clean, corrupt = random_tokens(3, 6, seed=1), random_tokens(3, 6, seed=2)
-    metric = logit_diff(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7]))
+    metric = logit_difference(correct=torch.tensor([1, 2, 3]), wrong=torch.tensor([5, 6, 7]))
     found = {name: edge_effects(m, clean, corrupt, metric) for name, m in models.items()}
     result = crosswise_faithfulness(
         lambda: models["before"],

@@ -18,7 +18,7 @@ from mechinterp.patching.circuits import (
     select_edges,
 )
 from mechinterp.patching.graph import Graph
-from mechinterp.patching.metrics import logit_diff
+from mechinterp.patching.metrics import logit_difference
 
 GRAPHS = {
     "grouped": Graph(2, 4, 2, parallel=False, heads_write=True),
@@ -113,7 +113,7 @@ def test_pruning_changes_no_metric_under_resampling():
     model = shared_model("llama")
     graph = Graph.of(model)
     clean, corrupt = random_tokens(3, 6, seed=1), random_tokens(3, 6, seed=2)
-    metric = logit_diff(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7]))
+    metric = logit_difference(correct=torch.tensor([1, 2, 3]), wrong=torch.tensor([5, 6, 7]))
     circuits = [
         torch.rand(graph.mask.shape, generator=torch.Generator().manual_seed(i)) < 0.15
         for i in range(4)

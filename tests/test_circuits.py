@@ -25,11 +25,11 @@ from mechinterp.patching.circuits import (
 )
 from mechinterp.patching.circuits.runs import MaskedRun
 from mechinterp.patching.graph import Graph
-from mechinterp.patching.metrics import log_prob, logit_diff
+from mechinterp.patching.metrics import log_prob, logit_difference
 
 N_ITEMS, N_POSITIONS = 3, 6
 RIGHT, WRONG = torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7])
-METRIC = logit_diff(RIGHT, WRONG)
+METRIC = logit_difference(correct=RIGHT, wrong=WRONG)
 NOISING = {"direction": "noising"}
 ATOL = 2e-4  # of logits of several units; wrong code is off by tenths
 
@@ -160,7 +160,7 @@ def test_padded_prompts_equal_plain_hooks(family, side):
     alone = []
     for item, length in enumerate(lengths.tolist()):
         real = slice(N_POSITIONS - length, None) if side == "left" else slice(length)
-        metric = logit_diff(RIGHT[[item]], WRONG[[item]])
+        metric = logit_difference(correct=RIGHT[[item]], wrong=WRONG[[item]])
         rows = clean[item : item + 1, real], corrupt[item : item + 1, real]
         alone.append(run_circuits(model, *rows, circuits, metric)[:, 0])
     assert_equal(actual, torch.stack(alone, dim=1))
@@ -184,7 +184,7 @@ def test_chunks_change_nothing():
     whole = run_circuits(model, clean, corrupt, circuits, METRIC)
     items = []
     for i in range(N_ITEMS):
-        metric = logit_diff(RIGHT[[i]], WRONG[[i]])
+        metric = logit_difference(correct=RIGHT[[i]], wrong=WRONG[[i]])
         items.append(run_circuits(model, clean[[i]], corrupt[[i]], circuits, metric)[:, 0])
     torch.testing.assert_close(whole, torch.stack(items, dim=1), rtol=0, atol=ATOL)
     small = run_circuits(model, clean, corrupt, circuits, METRIC, memory_mb=0)

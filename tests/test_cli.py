@@ -15,7 +15,7 @@ from tiny_study import ANALYSIS, write_spec
 from mechinterp import tasks
 from mechinterp.checkpoints import save_checkpoint
 from mechinterp.cli import main
-from mechinterp.files import read_json
+from mechinterp.files import read_json, read_table
 from mechinterp.training.config import ModelConfig
 from mechinterp.training.organism import initial_model
 
@@ -183,13 +183,45 @@ def test_a_network_and_itself_differ_in_nothing(capsys, pair, tmp_path):
 
 
 def test_single_instruments(capsys, pair, tmp_path):
-    for command, table in (("probe", "probes"), ("patch", "patching")):
+    for command, table in (
+        ("probe", "probes"),
+        ("patch", "patching"),
+        ("circuits", "circuit_edges"),
+    ):
         out = tmp_path / command
         status, printed, _ = run(
             capsys, command, pair / "before", "--task", pair / "task.yaml", "--out", out
         )
         assert status == 0
         assert f"{table}.parquet" in printed
+
+
+def test_grains_to_patch_can_be_chosen(capsys, pair, tmp_path):
+    arguments = ("patch", pair / "before", "--task", pair / "task.yaml", "--out", tmp_path)
+    assert run(capsys, *arguments, "--grain", "q", "--grain", "resid_mid")[0] == 0
+    table = read_table(tmp_path / "tables" / "patching.parquet")
+    assert set(table["grain"]) == {"q", "resid_mid"}
+    assert {"head 0", "head 1"} <= set(table["unit"])
+    status, _, err = run(capsys, *arguments, "--grain", "resid")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "patch_grains" in err
+
+
+def test_circuits_of_a_pair_are_compared(capsys, pair, tmp_path):
+    arguments = ("circuits", pair / "before", pair / "after", "--task", pair / "task.yaml")
+    assert run(capsys, *arguments, "--out", tmp_path)[0] == 0
+    tables = {path.stem: read_table(path) for path in (tmp_path / "tables").glob("*.parquet")}
+    assert set(tables) == {
+        *("circuit_edges", "faithfulness", "faithfulness_summary"),
+        *("circuit_overlap", "circuit_nodes", "crosswise_faithfulness"),
+    }
+    edges = tables["circuit_edges"]
+    assert set(edges["arm"]) == {"before", "after"}
+    for _, rows in edges.groupby("arm"):
+        assert rows["in_circuit"].any()
+    whole = tables["faithfulness"].query("share == 1 and kind == 'scored'")["faithfulness"]
+    assert whole.tolist() == pytest.approx([1, 1], abs=1e-3)
+    assert (tmp_path / "figures" / "circuits.svg").is_file()
 
 
 @pytest.mark.parametrize(("name", "file"), [("ladder", "ladder"), ("crossing", "crossing_triage")])

@@ -121,6 +121,16 @@ def test_compare_reproduces_the_studys_numbers(finished, tmp_path):
     np.testing.assert_allclose(joined["phi_front_x"], joined["phi_front_y"], atol=1e-9)
 
 
+def test_another_task_than_the_trained_one_is_refused(finished):
+    from analyses.pair import Pair
+    from mechinterp.errors import SpecError
+
+    _, out = finished
+    path = out / "checkpoints/triage/branched/symmetric/seed-0/step-000008"
+    with pytest.raises(SpecError, match="was trained on task 'triage', --task is 'digits'"):
+        Pair.open(path, task=load_task("digits"))
+
+
 def test_an_ex_post_checkpoint_reproduces_its_arm(finished):
     from analyses import ladder
     from analyses.pair import Pair

@@ -85,10 +85,6 @@ def logit_difference(
     return LogitDifference(token_ids, columns[: len(correct)], columns[len(correct) :])
 
 
-def logit_diff(right: Tensor, wrong: Tensor) -> LogitDifference:  # until all callers have moved
-    return logit_difference(correct=right, wrong=wrong)
-
-
 def action_log_odds(actions: Sequence[int], labels: Int[Tensor, " items"]) -> ActionLogOdds:
     """Log-odds of action `labels[item]` against the other `actions` (token ids) together.
 

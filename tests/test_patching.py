@@ -15,6 +15,7 @@ from tiny_models import CONFIGS, D_VOCAB, N_HEADS, N_LAYERS, random_tokens, tiny
 
 from mechinterp.errors import AnalysisError, ModelError, SiteError
 from mechinterp.hooked import HookedModel
+from mechinterp.patching.inference import infer_map
 from mechinterp.patching.metrics import action_log_odds, log_prob, logit_difference
 from mechinterp.patching.naive import naive_sweep, patch_by_loop
 from mechinterp.patching.plan import GRAINS, make_plan
@@ -395,3 +396,21 @@ def test_pooled_recovery_drops_absent_items():
     present, _ = pooled_recovery(effect[[0, 2]], torch.tensor([2.0, 4.0]))
     with_absent, _ = pooled_recovery(effect, torch.tensor([2.0, 100.0, 4.0]))
     assert float(with_absent) == float(present) == pytest.approx(4 / 6)
+
+
+def test_a_result_infers_and_plots_itself():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    result = run("head")
+    inference = result.infer(n_resamples=50)
+    expected = infer_map(result.effect, n_resamples=50)
+    for name in ("mean", "low", "high", "p", "q"):
+        torch.testing.assert_close(getattr(inference, name), getattr(expected, name))
+    assert inference.mean.shape == (N_LAYERS, N_HEADS)
+    ax = result.plot(normalized=False)
+    drawn = torch.as_tensor(np.asarray(ax.images[0].get_array())).float()
+    torch.testing.assert_close(drawn, result.mean, rtol=0, atol=1e-6)
+    assert ax.get_xlabel() == "head"
+    with pytest.raises(AnalysisError, match="axes"):
+        run("head", by_position=True).plot()

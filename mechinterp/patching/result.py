@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,11 @@ from torch import Tensor
 
 from mechinterp.errors import AnalysisError
 from mechinterp.patching.plan import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from mechinterp.patching.inference import MapInference
 
 MIN_GAP = 1e-3  # in units of the metric; below it an item has no scale to normalise by
 
@@ -71,6 +77,19 @@ class PatchingResult:
     def stderr(self) -> Float[Tensor, "layers *units"]:
         """The standard error of `mean`."""
         return self.effect.std(0) / len(self.values) ** 0.5
+
+    def infer(self, **options: Any) -> MapInference:
+        """Intervals, p-values and false-discovery control for every cell's mean effect; options as
+        of `mechinterp.patching.inference.infer_map`."""
+        from mechinterp.patching.inference import infer_map
+
+        return infer_map(self.effect, **options)
+
+    def plot(self, **options: Any) -> Axes:
+        """A quick look: see `mechinterp.patching.plots.plot_map`."""
+        from mechinterp.patching.plots import plot_map
+
+        return plot_map(self, **options)
 
     def select(self, index: Tensor | np.ndarray | slice) -> PatchingResult:
         """The result for the items at `index` (a slice, an index array or a mask)."""

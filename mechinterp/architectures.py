@@ -307,6 +307,9 @@ class Architecture:
             self.final_norm = cast(nn.Module, getattr(self.base, layout.final_norm))
             modules = cast(nn.ModuleList, getattr(self.base, layout.blocks))
             self.blocks = tuple(self._block(i, module) for i, module in enumerate(modules))
+            shape = cast(Tensor, self.blocks[0].mlp_projection.weight).shape
+            # [d_model d_mlp], or transposed.
+            self.d_mlp: int = next((n for n in shape if n != self.d_model), self.d_model)
         except AttributeError as error:
             raise ModelError(
                 f"{self.name} (model_type {self.family!r}) is not supported: {error}; "

@@ -144,6 +144,10 @@ class HookedModel:
         return self.architecture.d_head
 
     @property
+    def d_mlp(self) -> int:
+        return self.architecture.d_mlp
+
+    @property
     def d_vocab(self) -> int:
         return self.architecture.d_vocab
 

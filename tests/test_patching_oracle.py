@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import D_VOCAB, N_HEADS, N_LAYERS, SEQUENTIAL, random_tokens, tiny_model
+from tiny_models import CONFIGS, D_VOCAB, N_HEADS, N_LAYERS, SEQUENTIAL, random_tokens, tiny_model
+from transformers import AutoModelForCausalLM
 
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
@@ -280,3 +281,20 @@ def test_given_activations_are_patched_in(grain, tmp_path):
         torch.testing.assert_close(getattr(from_file, name), getattr(live, name))
     with pytest.raises(AnalysisError, match="source"):
         sweep(model("llama"), **common, source=means[:1])
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_neurons_of_an_mlp_no_wider_than_the_stream(width):
+    config = CONFIGS["llama"]()
+    config.intermediate_size = width
+    torch.manual_seed(0)
+    narrow = HookedModel(
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    )
+    corrupt, clean = pairs()
+    options = {"corrupt": corrupt, "clean": clean, "grain": "neuron", "metric": METRIC}
+    fast = sweep(narrow, **options)
+    assert fast.values.shape == (N_ITEMS, N_LAYERS, width)
+    torch.testing.assert_close(
+        fast.values, naive_sweep(narrow, **options).values, rtol=0, atol=1e-5
+    )

@@ -282,9 +282,8 @@ def budget_mb(model: HookedModel, memory_mb: float | None) -> float:
 
 def rows_that_fit(model: HookedModel, n_positions: int, memory_mb: float) -> int:
     """How many rows can run differentiably at a time: what autograd keeps of every block."""
-    d_mlp = max(max(p.shape) for p in model.architecture.blocks[0].mlp_projection.parameters())
     heads = model.n_heads * model.d_head
-    per_token = 16 * model.d_model + 6 * d_mlp + 8 * heads + 4 * model.n_heads * n_positions
+    per_token = 16 * model.d_model + 6 * model.d_mlp + 8 * heads + 4 * model.n_heads * n_positions
     per_row = model.n_layers * n_positions * per_token * model.dtype.itemsize
     return max(1, int(memory_mb * 2**20 / per_row))
 

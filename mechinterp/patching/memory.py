@@ -41,8 +41,7 @@ def items_per_batch(
 
 def rows_per_batch(model: HookedModel, n_positions: int, start: int, budget: int) -> int:
     """How many rows can go through one block at a time: stream, MLP, scores, keys and values."""
-    d_mlp = max(max(p.shape) for p in model.architecture.blocks[0].mlp_projection.parameters())
-    per_token = 6 * model.d_model + 3 * d_mlp + 3 * model.n_heads * n_positions
+    per_token = 6 * model.d_model + 3 * model.d_mlp + 3 * model.n_heads * n_positions
     keys_and_values = 4 * n_positions * model.n_kv_heads * model.d_head
     per_row = ((n_positions - start) * per_token + keys_and_values) * model.dtype.itemsize
     return max(1, budget // per_row)

@@ -188,10 +188,9 @@ def _check_neurons(
         if neurons is not None:
             raise AnalysisError(f"neurons: only for grain 'neuron', not for {grain!r}")
         return None
-    d_mlp = max(max(p.shape) for p in model.architecture.blocks[0].mlp_projection.parameters())
-    chosen = torch.as_tensor(range(d_mlp) if neurons is None else neurons, dtype=torch.long)
-    if chosen.ndim != 1 or not _within(chosen, d_mlp) or len(chosen.unique()) < len(chosen):
-        raise AnalysisError(f"neurons: expected different neurons of 0 .. {d_mlp - 1}")
+    chosen = torch.as_tensor(range(model.d_mlp) if neurons is None else neurons, dtype=torch.long)
+    if chosen.ndim != 1 or not _within(chosen, model.d_mlp) or len(chosen.unique()) < len(chosen):
+        raise AnalysisError(f"neurons: expected different neurons of 0 .. {model.d_mlp - 1}")
     return chosen.to(model.device)
 
 

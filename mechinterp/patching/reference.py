@@ -7,7 +7,6 @@ checkpoint come from `mechinterp.patching.stored`, so that one model at a time i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -305,16 +304,8 @@ def site_shape(model: HookedModel, grain: str, n_positions: int) -> tuple[int, .
     if grain in ("k", "v"):
         return (model.n_kv_heads, model.d_head)
     if grain == "neuron":
-        return (_d_mlp(model),)
+        return (model.d_mlp,)
     return (model.d_model,)
-
-
-def _d_mlp(model: HookedModel) -> int:
-    """How many neurons the MLP's last projection reads, whichever way its weight is stored."""
-    shape: Sequence[int] = next(
-        iter(model.architecture.blocks[0].mlp_projection.parameters())
-    ).shape
-    return next((n for n in shape if n != model.d_model), model.d_model)
 
 
 def _longer(tensor: Tensor, length: int) -> Tensor:

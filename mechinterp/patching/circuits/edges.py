@@ -186,6 +186,5 @@ def _with_input(
 
 
 def _rows_per_batch(model: HookedModel, n_positions: int, memory_mb: int) -> int:
-    d_mlp = max(max(p.shape) for p in model.architecture.blocks[0].mlp_projection.parameters())
-    per_token = 8 * model.d_model + 3 * d_mlp + 3 * model.n_heads * n_positions
+    per_token = 8 * model.d_model + 3 * model.d_mlp + 3 * model.n_heads * n_positions
     return max(1, memory_mb * 2**20 // (n_positions * per_token * model.dtype.itemsize))

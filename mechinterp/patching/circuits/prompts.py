@@ -118,10 +118,9 @@ def rows_per_batch(prompts: Prompts, memory_mb: int, *, extra: int = 0, start: i
     model = prompts.model
     graph = Graph.of(model)
     n_readers = model.n_heads + 2 * model.n_kv_heads
-    d_mlp = max(max(p.shape) for p in model.architecture.blocks[0].mlp_projection.parameters())
     n_positions = prompts.clean.shape[1]
     sources = 1.5 * (len(graph.writers) + extra)  # once, and a copy of at most half
     width = (sources + 4 * n_readers + 6 * model.n_layers) * model.d_model
-    per_token = width + 3 * d_mlp + 3 * model.n_heads * n_positions
+    per_token = width + 3 * model.d_mlp + 3 * model.n_heads * n_positions
     per_row = (n_positions - start) * per_token * model.dtype.itemsize
     return max(1, int(memory_mb * 2**20 / per_row))

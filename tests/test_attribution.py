@@ -15,7 +15,7 @@ from mechinterp.errors import AnalysisError, SiteError
 from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention
 from mechinterp.patching.attribution import AXES, attribute, attribute_grains
-from mechinterp.patching.gradients import in_batches, path_points
+from mechinterp.patching.gradients import path_points, with_progress
 from mechinterp.patching.metrics import log_prob, logit_difference
 from mechinterp.patching.screening import measure_trust, patch_cells, screen
 from mechinterp.patching.sweeps import sweep
@@ -432,10 +432,10 @@ def test_out_of_memory_halves_the_batch():
             raise torch.OutOfMemoryError("no memory")
         return list(range(rows.start, rows.stop))
 
-    assert [i for part in in_batches("test", 9, 8, run) for i in part] == list(range(9))
+    assert [i for part in with_progress("test", 9, 8, run) for i in part] == list(range(9))
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
     with pytest.raises(RuntimeError, match="other"):
-        in_batches("test", 9, 8, lambda _: (_ for _ in ()).throw(RuntimeError("other")))
+        with_progress("test", 9, 8, lambda _: (_ for _ in ()).throw(RuntimeError("other")))
 
 
 # ---- screening -----------------------------------------------------------------------------------

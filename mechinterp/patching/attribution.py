@@ -30,7 +30,6 @@ from mechinterp.patching.gradients import (
     PromptPairs,
     budget_mb,
     dropping_gradients,
-    in_batches,
     make_pairs,
     mean_over_path,
     path_points,
@@ -38,6 +37,7 @@ from mechinterp.patching.gradients import (
     repeat_rows,
     rows_that_fit,
     run_live,
+    with_progress,
 )
 from mechinterp.patching.metrics import Metric
 from mechinterp.sites import Site
@@ -134,7 +134,9 @@ def attribute_grains(
     rows = rows_that_fit(model, corrupt.shape[1], budget_mb(model, memory_mb))
     task = _Task(model, giver, tuple(grains), by_position, n_steps, attention_fix, grad_drop, rows)
     estimate = task.by_site if alone else task.by_inputs
-    batches = in_batches("attribution", len(pairs), rows, lambda part: estimate(pairs.select(part)))
+    batches = with_progress(
+        "attribution", len(pairs), rows, lambda part: estimate(pairs.select(part))
+    )
     metrics = [torch.cat([batch.metrics[i] for batch in batches]) for i in range(2)]
     corrupt_metric, clean_metric = metrics if direction == "denoising" else metrics[::-1]
     method = f"IG({n_steps} {path})" if n_steps > 1 else "AtP"

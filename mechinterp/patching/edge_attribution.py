@@ -34,7 +34,6 @@ from mechinterp.patching.gradients import (
     LiveRun,
     PromptPairs,
     budget_mb,
-    in_batches,
     make_pairs,
     mean_over_path,
     path_points,
@@ -42,6 +41,7 @@ from mechinterp.patching.gradients import (
     repeat_rows,
     rows_that_fit,
     run_live,
+    with_progress,
 )
 from mechinterp.patching.graph import Graph, Node
 from mechinterp.patching.metrics import Metric
@@ -180,7 +180,7 @@ def attribute_edges(
             kept.append(scores.sum(-1))
         return scores.sum(0), base, source
 
-    totals, *metrics = zip(*in_batches(method, len(pairs), size, batch), strict=True)
+    totals, *metrics = zip(*with_progress(method, len(pairs), size, batch), strict=True)
     base_metric, source_metric = (torch.cat(values) for values in metrics)
     absent = ~task.graph.mask.to(model.device)
     scores = torch.stack(totals).sum(0) / len(pairs)

@@ -22,7 +22,7 @@ from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention, intervening
 from mechinterp.model_checks import check_sites
-from mechinterp.patching.memory import memory_budget
+from mechinterp.patching.memory import in_batches, memory_budget
 from mechinterp.patching.metrics import Metric
 from mechinterp.progress import progress_bar
 from mechinterp.sites import Site
@@ -288,28 +288,18 @@ def rows_that_fit(model: HookedModel, n_positions: int, memory_mb: float) -> int
     return max(1, int(memory_mb * 2**20 / per_row))
 
 
-def in_batches(
+def with_progress(
     label: str, n_rows: int, size: int, run: Callable[[slice], _Result]
 ) -> list[_Result]:
-    """`run` on consecutive slices of `size` rows; where memory runs out, on half as many."""
-    results, start = [], 0
+    """`mechinterp.patching.memory.in_batches` under a progress bar."""
     with progress_bar(label, n_rows, unit="rows") as advance:
-        while start < n_rows:
-            rows = slice(start, min(start + size, n_rows))
-            try:
-                results.append(run(rows))
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU has no own type
-                if not _out_of_memory(error) or size == 1:
-                    raise
-                size = max(1, size // 2)
-                continue
-            advance(rows.stop - start)
-            start = rows.stop
-    return results
 
+        def step(rows: slice, _: int) -> _Result:
+            result = run(rows)
+            advance(rows.stop - rows.start)
+            return result
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        return in_batches(step, n_rows, size)
 
 
 def _whole(tensor: Tensor) -> Tensor:

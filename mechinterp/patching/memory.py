@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from mechinterp.hooked import HookedModel
+
+Result = TypeVar("Result")
 
 # Larger batches are no faster on a processor, whose caches they leave.
 MOST_ON_CPU = 256 * 2**20
@@ -47,27 +50,32 @@ def rows_per_batch(model: HookedModel, n_positions: int, start: int, budget: int
     return max(1, budget // per_row)
 
 
-def halving(work: Callable[[Tensor], None], rows: Tensor, size: int) -> None:
-    """Do `work` on `rows` in batches of at most `size`; where memory runs out, on half as many.
+def in_batches(work: Callable[[slice, int], Result], n_rows: int, size: int) -> list[Result]:
+    """What `work(rows, size)` returns for consecutive slices of at most `size` rows; where memory
+    runs out, `size` is halved and the slice is done again. `work` may also use `size` to decide
+    how much it does at once with its rows.
 
     The work must leave nothing behind when it fails. Raises the error where one row is too much.
     """
-    done = 0
-    while done < len(rows):
+    results, done = [], 0
+    while done < n_rows:
+        rows = slice(done, min(done + size, n_rows))
         try:
-            work(rows[done : done + size])
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            results.append(work(rows, size))
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if size == 1 or not _is_out_of_memory(error):
                 raise
-            size = max(1, min(size, len(rows) - done) // 2)
+            size //= 2
         else:
-            done += size
+            done = rows.stop
             continue
         if torch.cuda.is_available():  # outside the handler, which keeps the failed work alive
             torch.cuda.empty_cache()
+    return results
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    words = ("can't allocate memory", "not enough memory", "out of memory", "DefaultCPUAllocator")
+    return any(word in str(error) for word in words)

@@ -25,10 +25,10 @@ from mechinterp.patching.attribution import AXES, Attribution, attribute
 from mechinterp.patching.gradients import (
     PromptPairs,
     budget_mb,
-    in_batches,
     make_pairs,
     repeat_rows,
     rows_that_fit,
+    with_progress,
 )
 from mechinterp.patching.metrics import Metric
 from mechinterp.randomness import derive_generator
@@ -217,7 +217,7 @@ def patch_cells(
     )
     giver = model if source is None else source
     rows = rows_that_fit(model, corrupt.shape[1], budget_mb(model, memory_mb))
-    batches = in_batches(
+    batches = with_progress(
         f"patching {grain}",
         len(pairs),
         rows,

@@ -20,7 +20,7 @@ from torch import Tensor
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.cells import Cells, Patches, sites_needed
-from mechinterp.patching.memory import halving, items_per_batch, memory_budget, rows_per_batch
+from mechinterp.patching.memory import in_batches, items_per_batch, memory_budget, rows_per_batch
 from mechinterp.patching.metrics import Metric
 from mechinterp.patching.naive import patch_by_loop
 from mechinterp.patching.plan import Plan, Positions, make_plan
@@ -280,7 +280,8 @@ def patch_by_suffix(
     cells, starts = patches.cells(skip_equal=skip_equal)
     values = base[:, None, None].repeat(1, model.n_layers, plan.n_units, 1)
 
-    def patch(batch: Cells) -> None:
+    def patch(rows: slice, _: int) -> None:
+        batch = together[rows]
         layers, units, items = batch.unbind(dim=1)
         final = _grow(suffix, patches, batch, plan.decision[items])
         values[:, layers, units, items] = plan.score(model, final, items)
@@ -290,7 +291,8 @@ def patch_by_suffix(
         for start in starts.unique().tolist():
             suffix = run.suffix(start)
             size = rows_per_batch(model, n_positions, start, budget)
-            halving(patch, cells[starts == start], size)
+            together = cells[starts == start]
+            in_batches(patch, len(together), min(size, len(together)))
     return values, base
 
 

@@ -20,9 +20,10 @@ from mechinterp.contexts import Context
 from mechinterp.errors import AnalysisError, ModelError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.circuits.paths import writer_changes
-from mechinterp.patching.circuits.prompts import Prompts, in_chunks
+from mechinterp.patching.circuits.prompts import Prompts
 from mechinterp.patching.circuits.reference import Reference, reference_run
 from mechinterp.patching.graph import Graph, Node
+from mechinterp.patching.memory import in_batches
 from mechinterp.patching.metrics import Metric
 from mechinterp.progress import progress_bar
 from mechinterp.sites import Site
@@ -87,7 +88,7 @@ def edge_effects(
                 effects[rows, writers, column] = part.into(column, writers).cpu()
                 advance(len(writers) * len(part.items))
 
-        in_chunks(n_items, most, run)
+        in_batches(run, n_items, most)
     return effects if keep_items else effects.mean(0)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
-from mechinterp.patching.circuits.prompts import Prompts, in_chunks, rows_per_batch
+from mechinterp.patching.circuits.prompts import Prompts, rows_per_batch
 from mechinterp.patching.circuits.reference import Reference, reference_run
 from mechinterp.patching.circuits.runs import MaskedRun, checked_start
 from mechinterp.patching.graph import Graph, Node
+from mechinterp.patching.memory import in_batches
 from mechinterp.patching.metrics import Metric
 
 
@@ -76,7 +77,7 @@ def patch_path(
         items = torch.arange(part.start, part.stop, device=model.device)
         values[part] = prompts.score(final, items)
 
-    in_chunks(len(values), size, run)
+    in_batches(run, len(values), size)
     return values
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.graph import Graph
+from mechinterp.patching.memory import in_batches
 from mechinterp.patching.metrics import Metric
 
 
@@ -90,27 +90,12 @@ class Prompts:
         """The metric of the plain model on the clean prompts."""
         values = torch.empty(len(self.clean), dtype=self.model.dtype, device=self.model.device)
 
-        def run(rows: slice, size: int) -> None:
+        def run(rows: slice, _: int) -> None:
             items = torch.arange(rows.start, rows.stop, device=values.device)
             values[rows] = self.score(self.final(rows), items)
 
-        in_chunks(len(self.clean), rows_per_batch(self, memory_mb), run)
+        in_batches(run, len(self.clean), rows_per_batch(self, memory_mb))
         return values
-
-
-def in_chunks(n: int, size: int, run: Callable[[slice, int], None]) -> None:
-    """Call `run(items, size)` for consecutive items, at most `size` at a time; where the memory
-    does not suffice, `size` is halved and the items are run again."""
-    start = 0
-    while start < n:
-        try:
-            run(slice(start, min(start + size, n)), size)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU raises a plain one
-            if size == 1 or "memory" not in str(error):
-                raise
-            size //= 2
-            continue
-        start += size
 
 
 def rows_per_batch(prompts: Prompts, memory_mb: int, *, extra: int = 0, start: int = 0) -> int:

@@ -27,7 +27,7 @@ from mechinterp.contexts import Context, KeyValues
 from mechinterp.errors import AnalysisError, ModelError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.circuits.attention import attend
-from mechinterp.patching.circuits.prompts import Prompts, in_chunks, rows_per_batch
+from mechinterp.patching.circuits.prompts import Prompts, rows_per_batch
 from mechinterp.patching.circuits.reference import (
     ABLATIONS,
     Ablation,
@@ -37,6 +37,7 @@ from mechinterp.patching.circuits.reference import (
     zero_reference,
 )
 from mechinterp.patching.graph import Graph
+from mechinterp.patching.memory import in_batches
 from mechinterp.patching.metrics import Metric
 from mechinterp.progress import progress_bar
 
@@ -287,7 +288,7 @@ def run_circuits(
                 values[part, rows] = scores.view(len(masks), len(items))
             advance(len(keep) * len(items))
 
-        in_chunks(len(prompts.clean), rows_per_batch(prompts, memory_mb, start=first), run)
+        in_batches(run, len(prompts.clean), rows_per_batch(prompts, memory_mb, start=first))
     return values
 
 

@@ -128,7 +128,7 @@ def patch_across(
         attention_mask=attention_mask,
     )
     obstacle = find_obstacle(target, tokens)
-    budget = memory_budget(target.device) if memory_mb is None else memory_mb * 2**20
+    budget = memory_budget(target.device, memory_mb)
     draws = [_Directions.draw(target, plan, tokens, roles, seed, i) for i in range(n_controls)]
     values: list[list[Tensor]] = [[] for _ in range(1 + n_controls)]
     target_metric, source_metric = [], []

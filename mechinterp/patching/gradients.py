@@ -24,10 +24,15 @@ from mechinterp.interventions import Intervention, intervening
 from mechinterp.model_checks import check_sites
 from mechinterp.patching.memory import in_batches, memory_budget
 from mechinterp.patching.metrics import Metric
+from mechinterp.patching.pairs import (
+    base_and_source,
+    check_attention_mask,
+    check_pairs,
+    decision_positions,
+)
 from mechinterp.progress import progress_bar
 from mechinterp.sites import Site
 
-DIRECTIONS = ("denoising", "noising")
 _Result = TypeVar("_Result")
 
 
@@ -84,34 +89,14 @@ def make_pairs(
     Raises:
         AnalysisError: unknown direction, shapes that differ, a decision outside the prompts.
     """
-    if direction not in DIRECTIONS:
-        raise AnalysisError(f"direction: expected 'denoising' or 'noising', got {direction!r}")
-    if corrupt.shape != clean.shape or corrupt.ndim != 2 or not corrupt.numel():
-        raise AnalysisError(
-            f"corrupt and clean: expected two [items, positions] of equal shape, "
-            f"got {tuple(corrupt.shape)} and {tuple(clean.shape)}"
-        )
-    n_items, n_positions = corrupt.shape
-    if attention_mask is not None and attention_mask.shape != corrupt.shape:
-        raise AnalysisError(
-            f"attention_mask: expected shape {tuple(corrupt.shape)}, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    read = torch.full((n_items,), decision) if isinstance(decision, int) else decision
-    read = torch.where(read < 0, read + n_positions, read)
-    if read.shape != (n_items,) or not bool(((read >= 0) & (read < n_positions)).all()):
-        raise AnalysisError(
-            f"decision: expected one position of 0 .. {n_positions - 1} per item, "
-            f"got shape {tuple(read.shape)}"
-        )
-    base, source = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
-    device = model.device
+    check_pairs(clean, corrupt)
+    base, source = (x.to(model.device) for x in base_and_source(clean, corrupt, direction))
     return PromptPairs(
-        base=base.to(device),
-        source=source.to(device),
-        items=torch.arange(n_items, device=device),
-        decision=read.to(device),
-        attention_mask=None if attention_mask is None else attention_mask.to(device),
+        base=base,
+        source=source,
+        items=torch.arange(len(base), device=model.device),
+        decision=decision_positions(decision, base),
+        attention_mask=check_attention_mask(attention_mask, base),
         metric=metric,
     )
 
@@ -277,7 +262,7 @@ def repeat_rows(n_items: int, n_times: int, device: torch.device) -> Int[Tensor,
 
 def budget_mb(model: HookedModel, memory_mb: float | None) -> float:
     """The memory asked for, or a part of what is free."""
-    return memory_budget(model.device) / 2**20 if memory_mb is None else memory_mb
+    return memory_budget(model.device, memory_mb) / 2**20
 
 
 def rows_that_fit(model: HookedModel, n_positions: int, memory_mb: float) -> int:

@@ -18,11 +18,14 @@ Result = TypeVar("Result")
 MOST_ON_CPU = 256 * 2**20
 
 
-def memory_budget(device: torch.device) -> int:
-    """Bytes for one batch: two fifths of a GPU's free memory, a quarter of a machine's up to a cap.
+def memory_budget(device: torch.device, memory_mb: float | None = None) -> int:
+    """Bytes for one batch: `memory_mb` if given; else two fifths of a GPU's free memory, or a
+    quarter of a machine's up to a cap.
 
     The rest is for what an estimate by shapes does not see.
     """
+    if memory_mb is not None:
+        return int(memory_mb * 2**20)
     if device.type == "cuda":
         return int(0.4 * torch.cuda.mem_get_info(device)[0])
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.metrics import Metric
+from mechinterp.patching.pairs import check_attention_mask, decision_positions
 from mechinterp.sites import Site
 
 RESIDUAL_GRAINS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -117,7 +118,6 @@ def make_plan(
         AnalysisError: unknown grain; positions, decision, neurons or directions that do not fit.
         SiteError: the network has no such site (resid_mid of parallel blocks).
     """
-    n_items, n_positions = tokens.shape
     if grain not in GRAINS:
         raise AnalysisError(f"grain: expected one of {', '.join(GRAINS)}, got {grain!r}")
     model.architecture.blocks[0].location(Site(grain, 0))
@@ -133,19 +133,7 @@ def make_plan(
             "by_position: False patches all positions together: only for heads and "
             "neurons, and without `positions`"
         )
-    if isinstance(decision, int):
-        decision = torch.full((n_items,), decision)
-    decision = torch.where(decision < 0, decision + n_positions, decision)
-    if decision.shape != (n_items,) or not _within(decision, n_positions):
-        raise AnalysisError(
-            f"decision: expected one position of 0 .. {n_positions - 1} per item, "
-            f"got shape {tuple(decision.shape)}"
-        )
-    if attention_mask is not None and attention_mask.shape != tokens.shape:
-        raise AnalysisError(
-            f"attention_mask: expected shape {tuple(tokens.shape)}, "
-            f"got {tuple(attention_mask.shape)}"
-        )
+    tokens = tokens.to(model.device)
     metrics = metric if isinstance(metric, Mapping) else {"metric": metric}
     if not metrics:
         raise AnalysisError("metric: none given")
@@ -155,14 +143,14 @@ def make_plan(
     return Plan(
         grain=grain,
         metrics=metrics,
-        items=torch.arange(n_items, device=model.device),
+        items=torch.arange(len(tokens), device=model.device),
         positions=_columns(positions, tokens).to(model.device) if by_position else None,
         kind_axis=kind_axis,
         n_kinds=n_kinds,
         neurons=neurons,
         directions=directions,
-        decision=decision.to(model.device),
-        attention_mask=None if attention_mask is None else attention_mask.to(model.device),
+        decision=decision_positions(decision, tokens),
+        attention_mask=check_attention_mask(attention_mask, tokens),
     )
 
 

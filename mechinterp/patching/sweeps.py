@@ -23,6 +23,7 @@ from mechinterp.patching.cells import Cells, Patches, sites_needed
 from mechinterp.patching.memory import in_batches, items_per_batch, memory_budget, rows_per_batch
 from mechinterp.patching.metrics import Metric
 from mechinterp.patching.naive import patch_by_loop
+from mechinterp.patching.pairs import base_and_source, check_pairs
 from mechinterp.patching.plan import Plan, Positions, make_plan
 from mechinterp.patching.result import PatchingResult, make_result
 from mechinterp.patching.stored import StoredActivations
@@ -109,13 +110,8 @@ def sweep_many(
     """
     direction, source = options.get("direction", "denoising"), options.get("source")
     memory_mb = options.get("memory_mb")
-    if direction not in ("denoising", "noising"):
-        raise AnalysisError(f"direction: expected 'denoising' or 'noising', got {direction!r}")
-    if corrupt.shape != clean.shape or corrupt.ndim != 2 or not corrupt.numel():
-        raise AnalysisError(
-            f"corrupt and clean: expected two [items, positions] of equal shape, "
-            f"got {tuple(corrupt.shape)} and {tuple(clean.shape)}"
-        )
+    check_pairs(clean, corrupt)
+    base, given = base_and_source(clean, corrupt, direction)
     grains = tuple(dict.fromkeys(grains))
     giver: Giver = model if source is None else source
     if isinstance(giver, HookedModel):
@@ -125,7 +121,6 @@ def sweep_many(
             f"source: activations go with one grain and need one tensor for each of "
             f"{model.n_layers} layers, got {len(giver)} for {', '.join(grains)}"
         )
-    base, given = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
     base = base.to(model.device)
     neurons = options.get("neurons")
     plans = {
@@ -144,7 +139,7 @@ def sweep_many(
         for name in grains
     }
     obstacle = find_obstacle(model, base)
-    budget = memory_budget(model.device) if memory_mb is None else memory_mb * 2**20
+    budget = memory_budget(model.device, memory_mb)
     size = items_per_batch(model, base, len(grains), budget)
     runs = []
     for start in range(0, len(base), size):
@@ -257,7 +252,8 @@ def patch_sites(
     if obstacle is not None:
         return patch_by_loop(model, tokens, new, plan)
     run = run or record_for(model, tokens, [plan])
-    return patch_by_suffix(run, new, plan, budget=budget or memory_budget(model.device))
+    budget = memory_budget(model.device) if budget is None else budget
+    return patch_by_suffix(run, new, plan, budget=budget)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from mechinterp.patching.circuits.reference import Reference, reference_run
 from mechinterp.patching.graph import Graph, Node
 from mechinterp.patching.memory import in_batches
 from mechinterp.patching.metrics import Metric
+from mechinterp.patching.pairs import base_and_source
 from mechinterp.progress import progress_bar
 from mechinterp.sites import Site
 
@@ -57,9 +58,7 @@ def edge_effects(
     Raises:
         AnalysisError: the arguments do not fit together, or an edge has no such nodes.
     """
-    if direction not in ("denoising", "noising"):
-        raise AnalysisError(f"direction: expected 'denoising' or 'noising', got {direction!r}")
-    base, source = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
+    base, source = base_and_source(clean, corrupt, direction)
     prompts = Prompts.of(
         model, base, source, metric, attention_mask=attention_mask, decision=decision
     )

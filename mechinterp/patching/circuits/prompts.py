@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.graph import Graph
 from mechinterp.patching.memory import in_batches
 from mechinterp.patching.metrics import Metric
+from mechinterp.patching.pairs import check_attention_mask, check_pairs, decision_positions
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,10 @@ class Prompts:
         Raises:
             AnalysisError: the arguments do not fit together.
         """
-        if clean.shape != corrupt.shape or clean.ndim != 2 or not clean.numel():
-            raise AnalysisError(
-                "clean and corrupt: expected two [items, positions] of equal shape, got "
-                f"{tuple(clean.shape)} and {tuple(corrupt.shape)}"
-            )
-        if attention_mask is not None and attention_mask.shape != clean.shape:
-            raise AnalysisError(
-                f"attention_mask: expected shape {tuple(clean.shape)}, got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        n_items, n_positions = clean.shape
-        at = torch.full((n_items,), decision) if isinstance(decision, int) else decision
-        at = torch.where(at < 0, at + n_positions, at)
-        if at.shape != (n_items,) or not bool(((at >= 0) & (at < n_positions)).all()):
-            raise AnalysisError(
-                f"decision: expected one position of 0 .. {n_positions - 1} per item, got shape "
-                f"{tuple(at.shape)}"
-            )
-        device = model.device
-        mask = None if attention_mask is None else attention_mask.to(device)
-        return cls(model, clean.to(device), corrupt.to(device), metric, mask, at.to(device))
+        check_pairs(clean, corrupt)
+        clean, corrupt = clean.to(model.device), corrupt.to(model.device)
+        mask = check_attention_mask(attention_mask, clean)
+        return cls(model, clean, corrupt, metric, mask, decision_positions(decision, clean))
 
     def score(
         self, final: Float[Tensor, "rows d_model"], items: Int[Tensor, " rows"]

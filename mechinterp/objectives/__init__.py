@@ -12,13 +12,33 @@ from torch import Tensor
 
 from mechinterp.errors import SpecError
 from mechinterp.objectives.cross_entropy import cross_entropy
+from mechinterp.objectives.focal import focal
+from mechinterp.objectives.hard_examples import hard_examples
+from mechinterp.objectives.logit_adjusted import logit_adjusted
+from mechinterp.objectives.smoothed_regret import smoothed_regret
 from mechinterp.objectives.utility_weighted import utility_weighted
 
-__all__ = ["Objective", "cross_entropy", "get", "utility_weighted"]
+__all__ = [
+    "Objective",
+    "cross_entropy",
+    "focal",
+    "get",
+    "hard_examples",
+    "logit_adjusted",
+    "smoothed_regret",
+    "utility_weighted",
+]
 
 _OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "utility_weighted": utility_weighted,
+    function.__name__: function
+    for function in (
+        cross_entropy,
+        focal,
+        hard_examples,
+        logit_adjusted,
+        smoothed_regret,
+        utility_weighted,
+    )
 }
 
 

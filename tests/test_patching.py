@@ -16,10 +16,11 @@ from tiny_models import CONFIGS, D_VOCAB, N_HEADS, N_LAYERS, random_tokens, tiny
 from mechinterp.errors import AnalysisError, ModelError, SiteError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.inference import infer_map
+from mechinterp.patching.maps import MIN_GAP
 from mechinterp.patching.metrics import action_log_odds, log_prob, logit_difference
 from mechinterp.patching.naive import naive_sweep, patch_by_loop
 from mechinterp.patching.plan import GRAINS, make_plan
-from mechinterp.patching.result import MIN_GAP, PatchingResult, by_role, pooled_recovery
+from mechinterp.patching.result import PatchingResult, by_role, pooled_recovery
 from mechinterp.patching.sweeps import patch_by_suffix, record_for, sweep
 
 N_ITEMS, N_POSITIONS = 4, 6

@@ -10,14 +10,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechinterp.patching.maps import PatchingMap
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from mechinterp.patching.screening import Trust
 
 
-@dataclass(frozen=True)
-class Attribution:
+@dataclass(frozen=True, repr=False)
+class Attribution(PatchingMap):
     """Estimated effects of one grain's patches, per item.
 
     Attributes:
@@ -47,42 +49,9 @@ class Attribution:
         return "GradDrop" not in self.method
 
     @property
-    def gap(self) -> Float[Tensor, " items"]:
-        """What a perfect patch would change: clean - corrupt (denoising), or the negative."""
-        gap = self.clean_metric - self.corrupt_metric
-        return gap if self.direction == "denoising" else -gap
-
-    @property
-    def baseline(self) -> Float[Tensor, " items"]:
-        """The metric of the run that is patched."""
-        return self.corrupt_metric if self.direction == "denoising" else self.clean_metric
-
-    @property
     def values(self) -> Float[Tensor, " items layers *units"]:
         """The metric that each patch is estimated to leave."""
-        return self.effect + self.baseline.reshape(-1, *[1] * (self.effect.ndim - 1))
-
-    @property
-    def normalized(self) -> Float[Tensor, "items layers *units"]:
-        """effect / gap; NaN where an item's gap is below 1e-3."""
-        gap = torch.where(self.gap.abs() < 1e-3, torch.nan, self.gap)
-        return self.effect / gap.reshape(-1, *[1] * (self.effect.ndim - 1))
-
-    @property
-    def mean(self) -> Float[Tensor, " layers *units"]:
-        """Mean effect over items."""
-        return self.effect.mean(0)
-
-    @property
-    def stderr(self) -> Float[Tensor, " layers *units"]:
-        """The standard error of `mean`; NaN for a single item."""
-        if len(self.effect) == 1:
-            return torch.full_like(self.mean, torch.nan)
-        return self.effect.std(0) / len(self.effect) ** 0.5
-
-    def labels(self, axis: str) -> np.ndarray:
-        """The indices along an axis, as of an exact sweep's result."""
-        return np.arange(self.effect.shape[self.axes.index(axis)])
+        return self.effect + self._per_item(self.baseline)
 
     def top_cells(self, k: int) -> Int[Tensor, "cells axes"]:
         """The cells (layer, unit...) of the largest mean magnitude, largest first; only changed."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from mechinterp.errors import AnalysisError
-from mechinterp.patching.result import PatchingResult
+from mechinterp.patching.maps import PatchingMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def plot_map(result: PatchingResult, *, normalized: bool = True, ax: Axes | None = None) -> Axes:
+def plot_map(result: PatchingMap, *, normalized: bool = True, ax: Axes | None = None) -> Axes:
     """The mean over items by layer (rows) and unit (columns), on a scale centred on zero.
 
     Raises AnalysisError for results with more than one axis after the layer: index `values` first.
@@ -35,7 +35,7 @@ def plot_map(result: PatchingResult, *, normalized: bool = True, ax: Axes | None
     labels = result.labels(name)
     step = max(1, len(labels) // 16)
     ax.set_xticks(range(0, len(labels), step), labels[::step])
-    ax.set(xlabel=name.replace("_", " "), ylabel="layer", title=result.grain)
+    ax.set(xlabel=name.replace("_", " "), ylabel="layer", title=result.title)
     label = f"recovery ({result.direction})" if normalized else "effect on the metric"
     ax.figure.colorbar(image, ax=ax, label=label)
     return ax

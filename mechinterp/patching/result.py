@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,18 +12,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mechinterp.errors import AnalysisError
+from mechinterp.patching.maps import MIN_GAP, PatchingMap
 from mechinterp.patching.plan import Plan
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
-    from mechinterp.patching.inference import MapInference
-
-MIN_GAP = 1e-3  # in units of the metric; below it an item has no scale to normalise by
-
-
-@dataclass(frozen=True)
-class PatchingResult:
+@dataclass(frozen=True, repr=False)
+class PatchingResult(PatchingMap):
     """The metric after each patch, per item, with the two unpatched runs it lies between.
 
     `axes` names the axes of `values`: item, layer, then what was patched there: position, head,
@@ -47,49 +40,9 @@ class PatchingResult:
     neurons: Int[Tensor, " neurons"] | None = None
 
     @property
-    def gap(self) -> Float[Tensor, " items"]:
-        """What a perfect patch would change: clean - corrupt (denoising), or the negative."""
-        gap = self.clean_metric - self.corrupt_metric
-        return gap if self.direction == "denoising" else -gap
-
-    @property
-    def baseline(self) -> Float[Tensor, " items"]:
-        """The metric of the run that is patched."""
-        return self.corrupt_metric if self.direction == "denoising" else self.clean_metric
-
-    @property
     def effect(self) -> Float[Tensor, "items layers *units"]:
         """What each patch changed, in units of the metric."""
         return self.values - self._per_item(self.baseline)
-
-    @property
-    def normalized(self) -> Float[Tensor, "items layers *units"]:
-        """effect / gap: 0 if the patch did nothing, 1 if it did all; NaN where |gap| < MIN_GAP."""
-        gap = torch.where(self.gap.abs() < MIN_GAP, torch.nan, self.gap)
-        return self.effect / self._per_item(gap)
-
-    @property
-    def mean(self) -> Float[Tensor, "layers *units"]:
-        """The effect's mean over items."""
-        return self.effect.mean(0)
-
-    @property
-    def stderr(self) -> Float[Tensor, "layers *units"]:
-        """The standard error of `mean`."""
-        return self.effect.std(0) / len(self.values) ** 0.5
-
-    def infer(self, **options: Any) -> MapInference:
-        """Intervals, p-values and false-discovery control for every cell's mean effect; options as
-        of `mechinterp.patching.inference.infer_map`."""
-        from mechinterp.patching.inference import infer_map
-
-        return infer_map(self.effect, **options)
-
-    def plot(self, **options: Any) -> Axes:
-        """A quick look: see `mechinterp.patching.plots.plot_map`."""
-        from mechinterp.patching.plots import plot_map
-
-        return plot_map(self, **options)
 
     def select(self, index: Tensor | np.ndarray | slice) -> PatchingResult:
         """The result for the items at `index` (a slice, an index array or a mask)."""
@@ -111,7 +64,7 @@ class PatchingResult:
             return positions[0].cpu().numpy()
         if axis == "neuron" and self.neurons is not None:
             return self.neurons.cpu().numpy()
-        return np.arange(self.values.shape[self.axes.index(axis)])
+        return super().labels(axis)
 
     def to_table(self) -> pd.DataFrame:
         """One row per cell, with a column for each axis after item: see `by_role` for the others.
@@ -147,9 +100,6 @@ class PatchingResult:
                 "effect": effect.nanmean(0).ravel().numpy(),
             }
         )
-
-    def _per_item(self, values: Float[Tensor, " items"]) -> Float[Tensor, "items *ones"]:
-        return values.reshape(-1, *[1] * (self.values.ndim - 1))
 
 
 def make_result(

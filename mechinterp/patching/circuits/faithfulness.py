@@ -24,8 +24,8 @@ from mechinterp.patching.circuits.selection import (
     select_nested,
 )
 from mechinterp.patching.graph import Graph
+from mechinterp.patching.maps import MIN_GAP
 from mechinterp.patching.metrics import Metric
-from mechinterp.patching.result import MIN_GAP
 from mechinterp.randomness import derive_generator, derive_rng
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # MIB's

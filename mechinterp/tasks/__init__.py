@@ -19,6 +19,11 @@ _TASKS = {
         "synthetic findings in a record: known latents, known posterior",
     ),
     "digits": ("digits", "Digits", "8x8 images as tokens: is the digit in a subset of the ten?"),
+    "pneumonia": (
+        "pneumonia",
+        "Pneumonia",
+        "chest X-rays as tokens (PneumoniaMNIST, from a path): pneumonia or not?",
+    ),
     "sentiment": ("sentiment", "Sentiment", "is a one-line review positive? for language models"),
 }
 

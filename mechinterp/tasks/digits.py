@@ -15,16 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.errors import TaskError
 from mechinterp.randomness import derive_rng
 from mechinterp.tasks.base import CounterfactualPairs, Items, Latent, Task, check_utility
+from mechinterp.tasks.images import (
+    FIRST_LEVEL,
+    cell_roles,
+    middle_cells,
+    nearest_of_other_class,
+    prompts,
+    quantise,
+)
 
-START, DECIDE, OUTSIDE, INSIDE = range(4)
-FIRST_LEVEL = 4
+OUTSIDE, INSIDE = 2, 3
 SPLIT_SHARES = {"train": 0.5, "validation": 0.1, "test": 0.4}
 # The images are split once and for all: a split that moved with the seed would leak test images.
 SPLIT_SEED = 0
@@ -112,32 +119,23 @@ class Digits(Task):
         return split
 
     def _quantise(self, pixels: np.ndarray) -> Int[Tensor, "images cells"]:
-        pooled = reduce(pixels, "i (r p) (c q) -> i (r c)", "mean", p=self.pool, q=self.pool)
-        levels = np.floor(pooled / 16 * self.n_levels).astype(int)
-        return torch.from_numpy(levels.clip(0, self.n_levels - 1))
+        return quantise(pixels, pool=self.pool, n_levels=self.n_levels, white=16)
 
     @cached_property
     def _levels(self) -> Int[Tensor, "images cells"]:
         return self._quantise(self._images[0])
 
-    @property
-    def _roles(self) -> np.ndarray:
-        cells = [f"row {r} col {c}" for r in range(self.side) for c in range(self.side)]
-        return np.array(["start", *cells, "decision"])
-
     def _items(
         self, levels: Int[Tensor, "items cells"], digits: np.ndarray, groups: np.ndarray
     ) -> Items:
-        tokens = torch.full((len(levels), self.n_positions), START)
-        tokens[:, 1:-1] = FIRST_LEVEL + levels
-        tokens[:, -1] = DECIDE
+        tokens = prompts(levels)
         inside = torch.from_numpy(np.isin(digits, self.subset).astype(int))
         return Items(
             tokens=tokens,
             labels=inside,
             latents={"inside": inside, "digit": torch.from_numpy(digits.astype(int))},
             groups=torch.from_numpy(groups),
-            roles=np.broadcast_to(self._roles, tokens.shape),
+            roles=np.broadcast_to(cell_roles(self.side), tokens.shape),
         )
 
     def _images_of(self, split: str) -> np.ndarray:
@@ -165,17 +163,9 @@ class Digits(Task):
         images = self._images_of(split)
         digits = self._images[1]
         inside = np.isin(digits, self.subset)
-        clean = derive_rng(seed, "digits", split, "pairs").permutation(images)
-        clean = np.concatenate(
-            [np.resize(clean[inside[clean] == side], -(-n // 2)) for side in (1, 0)]
-        )
-        clean = rearrange(clean, "(side k) -> (k side)", side=2)[:n]
-        distance = torch.cdist(self._levels[clean].double(), self._levels[images].double()).numpy()
-        same_class = inside[clean][:, None] == inside[images][None]
-        nearest = images[np.where(same_class, np.inf, distance).argmin(1)]
-        self_pair = clean[:, None] == images[None]
-        own = np.where(same_class & ~self_pair, distance, np.inf).min(1)
-        ratio = np.median(np.where(same_class, np.inf, distance).min(1) / own)
+        rng = derive_rng(seed, "digits", split, "pairs")
+        neighbours = nearest_of_other_class(self._levels, inside, images, n, rng=rng)
+        clean, nearest = neighbours.clean, neighbours.corrupt
         corrupt_levels = self._levels[nearest].clone()
         if self.counterfactual == "region":
             top = torch.arange(self.side**2) < self.side**2 // 2
@@ -183,7 +173,8 @@ class Digits(Task):
         differing = (corrupt_levels != self._levels[clean]).double().mean()
         quality = (
             f"approximate ({self.counterfactual}): {differing:.0%} of the positions differ; the "
-            f"nearest image of the other class is {ratio:.2f}x as far as that of its own (median)"
+            f"nearest image of the other class is {neighbours.ratio:.2f}x as far as that of its "
+            "own (median)"
         )
         if self.counterfactual == "region":
             quality += "; the half-swapped image has the label of the neighbour by assumption only"
@@ -191,7 +182,7 @@ class Digits(Task):
             clean=self._items(self._levels[clean], digits[clean], clean),
             corrupt=self._items(corrupt_levels, digits[nearest], nearest),
             latent=np.full(len(clean), "inside"),
-            roles=np.broadcast_to(self._roles, (len(clean), self.n_positions)),
+            roles=np.broadcast_to(cell_roles(self.side), (len(clean), self.n_positions)),
             quality=quality,
         )
 
@@ -207,10 +198,8 @@ class Digits(Task):
         return torch.stack([1 - inside, inside], dim=1)
 
     def control_types(self, items: Items) -> Int[Tensor, " items"]:
-        """Two cells in the middle of the image; the first cell is nearly always empty."""
-        middle = 1 + (self.side // 2) * self.side + self.side // 2
-        first, second = items.tokens[:, middle - 1], items.tokens[:, middle]
-        return first * self.vocab_size + second
+        """The first cell is nearly always empty; those in the middle are not."""
+        return middle_cells(items.tokens, self.side)
 
     def baseline_features(self, items: Items) -> Float[Tensor, "items features"]:
         """Grey levels in 0..1: the image as a linear model would take it."""

@@ -33,6 +33,7 @@ from mechinterp.training import state
 from mechinterp.training.batches import Batches
 from mechinterp.training.config import ModelConfig, TrainingConfig
 from mechinterp.training.organism import initial_model
+from mechinterp.training.sampling import Sampling, symmetric_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +49,7 @@ def train(
     config: TrainingConfig,
     out: str | Path,
     objective: Objective = SYMMETRIC,
+    sampling: Sampling | None = None,
     seed: int = 0,
     data_order: int = 0,
     model: ModelConfig | None = None,
@@ -56,8 +58,9 @@ def train(
     """Train on the task's decision; leave checkpoints `out/step-000000` ... `out/step-<n_steps>`.
 
     The loss is the mean over the batch of `objective` on the logits of the task's actions at the
-    last position. Training begins at a random `model`, a function of `seed` alone, or branches from
-    `start` with a fresh optimiser. Dropout is off: no random state is hidden anywhere.
+    last position; `sampling` chooses the items of a batch. Training begins at a random `model`, a
+    function of `seed` alone, or branches from `start` with a fresh optimiser. Dropout is off: no
+    random state is hidden anywhere.
 
     Called again with the same arguments, a run that was interrupted at any moment goes on from its
     newest checkpoint and ends with the same weights bit for bit; a finished one returns at once.
@@ -71,7 +74,21 @@ def train(
         raise TrainingError("training: give a model to initialise or a start checkpoint, not both")
     if start is not None:
         _check_start(start, task)
-    run = _Run(task, config, Path(out), objective, seed, data_order, model or ModelConfig(), start)
+    if sampling is not None and sampling.needs_losses and start is None:
+        raise TrainingError(
+            f"sampling {sampling.name!r}: needs a start checkpoint, whose losses say what is hard"
+        )
+    run = _Run(
+        task,
+        config,
+        Path(out),
+        objective,
+        sampling,
+        seed,
+        data_order,
+        model or ModelConfig(),
+        start,
+    )
     run.claim_directory()
     with _threads(config.n_threads):
         run.finish()
@@ -86,6 +103,7 @@ class _Run:
     config: TrainingConfig
     out: Path
     objective: Objective
+    sampling: Sampling | None
     seed: int
     data_order: int
     model: ModelConfig
@@ -105,6 +123,7 @@ class _Run:
             "seed": self.seed,
             "data_order": self.data_order,
             "training": asdict(self.config),
+            **({} if self.sampling is None else {"sampling": self.sampling.describe()}),
             **origin,
         }
         return json.loads(json.dumps(description))
@@ -150,13 +169,7 @@ class _Run:
             log.extend(table.query("step < @first").to_dict(orient="records"))
         else:
             self.save(model, optimizer, 0, log)
-        batches = Batches(
-            self.task,
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            stream="initialisation" if self.start is None else self.start.content_hash,
-            data_order=self.data_order,
-        )
+        batches = self.batches()
         n_left = self.config.n_steps - first
         with progress_bar(f"training {self.out.name}", n_left, unit="step") as advance:
             for step in range(first, self.config.n_steps):
@@ -171,6 +184,20 @@ class _Run:
                 if step + 1 in self.saved_steps:
                     self.save(model, optimizer, step + 1, log)
                 advance(1)
+
+    def batches(self) -> Batches:
+        losses = None
+        if self.start is not None and self.sampling is not None and self.sampling.needs_losses:
+            losses = symmetric_losses(self.start.load_model(), self.task.actions)
+        return Batches(
+            self.task,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            stream="initialisation" if self.start is None else self.start.content_hash,
+            data_order=self.data_order,
+            sampling=self.sampling,
+            losses=losses,
+        )
 
     def update(
         self,
@@ -214,7 +241,11 @@ class _Run:
             seed=self.seed,
             parent_hash=self.parent_hash(step),
             task=self.description["task"],
-            extra={"data_order": self.data_order, "training": self.description["training"]},
+            extra={
+                key: self.description[key]
+                for key in ("data_order", "training", "sampling")
+                if key in self.description
+            },
         )
         save_checkpoint(
             model,

@@ -24,7 +24,8 @@ from mechinterp.patching.circuits import (
     circuits_of_size,
     faithfulness_curve,
 )
-from mechinterp.patching.edge_attribution import EdgeAttribution, attribute_edges
+from mechinterp.patching.edge_attribution import attribute_edges
+from mechinterp.patching.edge_attribution_result import EdgeAttribution
 from mechinterp.patching.metrics import action_log_odds
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Task

@@ -25,7 +25,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mechinterp.hooked import HookedModel
-from mechinterp.patching.edge_attribution import EdgeAttribution, attribute_edges
+from mechinterp.patching.edge_attribution import attribute_edges
+from mechinterp.patching.edge_attribution_result import EdgeAttribution
 from mechinterp.patching.graph import Graph, Node
 from mechinterp.patching.metrics import LogitDifference, logit_difference
 

@@ -14,11 +14,14 @@ from tiny_models import D_VOCAB, FAMILIES, N_HEADS, N_KV_HEADS, N_LAYERS, random
 from mechinterp.errors import AnalysisError, SiteError
 from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention
-from mechinterp.patching.attribution import AXES, attribute, attribute_grains
+from mechinterp.patching.attribution import attribute, attribute_grains
+from mechinterp.patching.axes import AXES
+from mechinterp.patching.exact_cells import patch_cells
 from mechinterp.patching.gradients import path_points, with_progress
 from mechinterp.patching.metrics import log_prob, logit_difference
-from mechinterp.patching.screening import measure_trust, patch_cells, screen
+from mechinterp.patching.screening import screen
 from mechinterp.patching.sweeps import sweep
+from mechinterp.patching.trust import measure_trust
 from mechinterp.sites import Site
 
 N_ITEMS, N_POSITIONS = 3, 6

@@ -511,7 +511,7 @@ def test_screening_of_edges_where_nothing_differs():
     found = screen_edges(model("llama"), **same, metric=METRIC)
     assert found.effect.shape == (N_ITEMS, 0)
     assert found.trust.n_cells == 0
-    with pytest.raises(AnalysisError, match="top_k 0"):
+    with pytest.raises(AnalysisError, match="top_k: expected at least 1"):
         screen_edges(model("llama"), **same, metric=METRIC, top_k=0)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention
 from mechinterp.patching.attention_fix import saturated_effects
 from mechinterp.patching.attribution_result import Attribution
+from mechinterp.patching.axes import AXES, axis_names, sum_by_unit
 from mechinterp.patching.gradients import (
     PromptPairs,
     budget_mb,
@@ -42,15 +42,6 @@ from mechinterp.patching.gradients import (
 from mechinterp.patching.metrics import Metric
 from mechinterp.sites import Site
 
-# What the dimensions of a site's activations are, after the item's.
-AXES = {
-    **dict.fromkeys(
-        ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"), ("position", "feature")
-    ),
-    **dict.fromkeys(("head", "q", "k", "v"), ("position", "head", "feature")),
-    "pattern": ("head", "position", "key"),
-    "neuron": ("position", "neuron"),
-}
 PATHS = ("inputs", "activations")
 
 
@@ -146,7 +137,7 @@ def attribute_grains(
             grain=grain,
             direction=direction,
             method=method + (" + attention fix" if attention_fix and grain in "qk" else ""),
-            axes=_axis_names(model, grain, by_position),
+            axes=axis_names(model, grain, by_position),
             effect=torch.cat([batch.effects[grain] for batch in batches]),
             changed=torch.cat([batch.changed[grain] for batch in batches]),
             corrupt_metric=corrupt_metric,
@@ -211,10 +202,10 @@ class _Task:
                     )
                 else:
                     found = torch.stack(
-                        [_reduce(grain, step * g, self.by_position) for g in gradients[site]]
+                        [sum_by_unit(grain, step * g, self.by_position) for g in gradients[site]]
                     )
                 layers.append(self._over_kinds(found))
-                differ.append(_reduce(grain, (step != 0).float(), self.by_position) > 0)
+                differ.append(sum_by_unit(grain, (step != 0).float(), self.by_position) > 0)
             effects[grain] = torch.stack(layers, dim=1)
             changed[grain] = torch.stack(differ, dim=1)
         return _Batch(effects, changed, (base_metric, given_metric))
@@ -248,8 +239,8 @@ class _Task:
                     score = run.score(pairs.select(rows))
                     (gradient,) = torch.autograd.grad(score, moved, torch.ones_like(score))
                     total += mean_over_path(gradient, some)
-                layers.append(_reduce(grain, step * total, self.by_position))
-                differ.append(_reduce(grain, (step != 0).float(), self.by_position) > 0)
+                layers.append(sum_by_unit(grain, step * total, self.by_position))
+                differ.append(sum_by_unit(grain, (step != 0).float(), self.by_position) > 0)
             effects[grain] = torch.stack(layers, dim=1)
             changed[grain] = torch.stack(differ, dim=1)
         return _Batch(effects, changed, (base_metric, given_metric))
@@ -321,24 +312,3 @@ def _capture(
     last = Site("resid_post", model.n_layers - 1)
     captured = model.capture(tokens, {*sites, last}, attention_mask=pairs.attention_mask)
     return {site: captured[site] for site in sites}, pairs.score(model, captured[last])
-
-
-def _reduce(grain: str, values: Float[Tensor, " items *site"], by_position: bool) -> Tensor:
-    """Sums over what is not a unit, with the position last."""
-    dims = AXES[grain]
-    kept = _axes(grain, by_position)[2:]
-    return reduce(values, f"item {' '.join(dims)} -> item {' '.join(kept)}", "sum")
-
-
-def _axes(grain: str, by_position: bool) -> tuple[str, ...]:
-    dims = AXES[grain]
-    unit = next((dim for dim in ("head", "neuron") if dim in dims), None)
-    if unit is None:
-        return ("item", "layer", "position")
-    return ("item", "layer", unit, *(("position",) if by_position else ()))
-
-
-def _axis_names(model: HookedModel, grain: str, by_position: bool) -> tuple[str, ...]:
-    grouped = grain in ("k", "v") and model.n_kv_heads < model.n_heads
-    names = _axes(grain, by_position)
-    return tuple("kv_head" if grouped and name == "head" else name for name in names)

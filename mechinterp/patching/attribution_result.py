@@ -11,11 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.patching.maps import PatchingMap
+from mechinterp.patching.trust import Trust, rank_cells
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from mechinterp.patching.screening import Trust
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,12 +52,14 @@ class Attribution(PatchingMap):
         """The metric that each patch is estimated to leave."""
         return self.effect + self._per_item(self.baseline)
 
+    @property
+    def size(self) -> Float[Tensor, " layers *units"]:
+        """Magnitude of the mean effect; NaN where no item's activations differ."""
+        return self.mean.abs().masked_fill(~self.changed.any(0), torch.nan)
+
     def top_cells(self, k: int) -> Int[Tensor, "cells axes"]:
         """The cells (layer, unit...) of the largest mean magnitude, largest first; only changed."""
-        size = self.mean.abs().masked_fill(~self.changed.any(0), -1.0).flatten()
-        order = size.argsort(descending=True, stable=True)[:k]
-        order = order[size[order] >= 0]
-        return torch.stack(torch.unravel_index(order, self.mean.shape), dim=1)
+        return rank_cells(self.size)[:k]
 
     def to_table(self) -> pd.DataFrame:
         """One row per cell: grain, direction, method, the axes, effect (mean over items), stderr

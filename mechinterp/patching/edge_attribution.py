@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from einops import einsum, rearrange
@@ -29,6 +28,7 @@ from mechinterp.contexts import Context
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention
+from mechinterp.patching.edge_attribution_result import EdgeAttribution
 from mechinterp.patching.gradients import (
     Gradients,
     LiveRun,
@@ -47,79 +47,9 @@ from mechinterp.patching.graph import Graph, Node
 from mechinterp.patching.metrics import Metric
 from mechinterp.sites import Site
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mechinterp.patching.screening import Trust
-
 METHODS = ("EAP", "EAP-IG-inputs", "EAP-IG-activations")
 Points = list[tuple[float, float]]
 AT_BASE: Points = path_points(1)
-
-
-@dataclass(frozen=True)
-class EdgeAttribution:
-    """Estimated effects of exchanging single edges.
-
-    Attributes:
-        method: one of `METHODS`, with `n_steps` points of the integral (EAP: 1).
-        direction: "denoising" (edges of the clean run into the corrupt one) or "noising".
-        scores: mean over items, in units of the metric; NaN where there is no edge.
-        item_scores: the same per item, if asked for.
-        position_scores: what each position contributes to `scores`, if asked for.
-        corrupt_metric, clean_metric: of the unpatched runs.
-        trust: how far exact patches of single edges bear the scores out; None until measured
-            (`mechinterp.patching.edge_screening.screen_edges`).
-    """
-
-    graph: Graph
-    method: str
-    n_steps: int
-    direction: str
-    scores: Float[Tensor, "writers readers"]
-    item_scores: Float[Tensor, "items writers readers"] | None
-    position_scores: Float[Tensor, "writers readers positions"] | None
-    corrupt_metric: Float[Tensor, " items"]
-    clean_metric: Float[Tensor, " items"]
-    trust: Trust | None = None
-
-    @property
-    def writer_scores(self) -> Float[Tensor, " writers"]:
-        """Each writer's edges together: to first order the effect of exchanging all it writes."""
-        return self.scores.nansum(1)
-
-    def top_edges(self, k: int) -> list[tuple[Node, Node, float]]:
-        """The edges of the largest magnitude, largest first."""
-        size = self.scores.abs().nan_to_num(-1.0).flatten()
-        order = size.argsort(descending=True, stable=True)[: min(k, self.graph.n_edges)]
-        n_readers = len(self.graph.readers)
-        return [
-            (
-                self.graph.writers[edge // n_readers],
-                self.graph.readers[edge % n_readers],
-                float(self.scores.flatten()[edge]),
-            )
-            for edge in order.tolist()
-        ]
-
-    def to_table(self) -> pd.DataFrame:
-        """One row per edge: writer, reader (as strings), score, and stderr over items (NaN without
-        item_scores)."""
-        import pandas as pd
-
-        mask = self.graph.mask.to(self.scores.device)
-        errors = torch.full_like(self.scores, torch.nan)
-        if self.item_scores is not None and len(self.item_scores) > 1:
-            errors = self.item_scores.std(0) / len(self.item_scores) ** 0.5
-        edges = self.graph.edges()
-        return pd.DataFrame(
-            {
-                "writer": [str(writer) for writer, _ in edges],
-                "reader": [str(reader) for _, reader in edges],
-                "score": self.scores[mask].cpu().numpy(),
-                "stderr": errors[mask].cpu().numpy(),
-            }
-        )
 
 
 def attribute_edges(

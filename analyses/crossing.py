@@ -1,11 +1,14 @@
 """The crossing: front of one checkpoint, back of the other. Where does a change of value sit?
 
 A is before, B after; U(AB) is the value of the hybrid with A's front and B's back, for its raw,
-bias-refit and head-refit readout. The shares locate a change and never classify it.
+bias-refit and head-refit readout. The shares locate a change and never classify it. Hybrids are
+joined as they are ("identity") and through a ridge stitch, fitted to activations on other items, so
+that a mere change of basis between the two does not count as one ("ridge").
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import pandas as pd
@@ -18,7 +21,7 @@ from analyses.pair import Pair, run_script
 from analyses.streams import action_shift, check_fits, layers_to_read, read_streams
 from mechinterp import decisions
 from mechinterp.hooked import HookedModel
-from mechinterp.patching.crossing import cross, shapley_shares
+from mechinterp.patching.crossing import StitchFit, cross, fit_stitches, shapley_shares
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Task
 from probes.folds import grouped_folds
@@ -39,26 +42,36 @@ def measure_crossing(
     spec: AnalysisSpec,
     margin: float = 0.05,
 ) -> pd.DataFrame:
-    """One row per cut, costs, currency and readout; see `mechinterp.patching.crossing`.
+    """One row per cut, stitch, costs, currency and readout; see `mechinterp.patching.crossing`.
 
-    `verdict_cut` marks the one boundary that counts, fixed on `before` and other items.
+    `verdict_cut` marks the one boundary that counts, fixed on `before` and other items. Of a
+    stitch, `unexplained_ab` and `unexplained_ba` say what it leaves of the difference between the
+    networks' activations, on items that it was not fitted on; 1 is the identity.
     """
     check_fits(before, task)
     items = task.sample(spec.crossing_items, seed=spec.seed, split="test")
     folds = grouped_folds(items.groups, items.labels, n_folds=spec.ladder_folds, seed=spec.seed)
     models = {"a": before, "b": after}
     cuts = layers_to_read(before.n_layers, spec.max_layers)
-    crossings = {
-        front + back: cross(
-            models[front],
-            models[back],
-            items.tokens,
-            0 if front == back else cuts,
-            task.actions,
-        )
-        for front in models
-        for back in models
-    }
+    fits = fit_both_ways(before, after, task, spec=spec) if spec.stitch_items else {}
+    crossings = {}
+    stitches = ("identity", "ridge") if fits else ("identity",)
+    for stitch in stitches:
+        for front in models:
+            for back in models:
+                hybrid = front + back
+                if front == back and stitch != "identity":
+                    continue  # a network and itself need none
+                crossings[hybrid, stitch] = cross(
+                    models[front],
+                    models[back],
+                    items.tokens,
+                    0 if front == back else cuts,
+                    task.actions,
+                    stitches={cut: fit.stitch for cut, fit in fits[hybrid].items()}
+                    if stitch == "ridge"
+                    else None,
+                )
     verdict_cut = find_verdict_cut(before, task, spec=spec)
     target = items.labels if items.posterior is None else items.posterior
     shifts = {name: action_shift(model, len(task.actions)) for name, model in models.items()}
@@ -68,17 +81,21 @@ def measure_crossing(
         weights = decisions.action_weights(items.labels, utility)
 
         def value(
-            hybrid: str, cut: int, weights: Tensor = weights, utility: decisions.Utility = utility
+            hybrid: str,
+            cut: int,
+            stitch: str = "identity",
+            weights: Tensor = weights,
+            utility: decisions.Utility = utility,
         ) -> dict[tuple[str, str], float]:
-            crossing = crossings[hybrid]
+            crossing = crossings[hybrid, stitch]
             at = crossing.cuts.index(cut)
             raw = crossing.action_logits[at].double().cpu() + shifts[hybrid[1]]
             final = crossing.final[at].float().cpu()
             return _values(raw, final, weights, folds, target, utility)
 
         own = {"aa": value("aa", 0), "bb": value("bb", 0)}  # the same at every cut
-        for cut in cuts:
-            values = {**own, "ab": value("ab", cut), "ba": value("ba", cut)}
+        for cut, stitch in itertools.product(cuts, stitches):
+            values = {**own, "ab": value("ab", cut, stitch), "ba": value("ba", cut, stitch)}
             for currency in CURRENCIES:
                 for readout in READOUTS:
                     u = {f"u_{name}": values[name][currency, readout] for name in values}
@@ -86,6 +103,7 @@ def measure_crossing(
                     rows.append(
                         {
                             "cut": cut,
+                            "stitch": stitch,
                             "costs": cost,
                             "currency": currency,
                             "readout": readout,
@@ -96,9 +114,31 @@ def measure_crossing(
                             "scale": scale[currency],
                             "shares_valid": shares.valid,
                             "verdict_cut": cut == verdict_cut,
+                            **{
+                                f"unexplained_{hybrid}": fits[hybrid][cut].unexplained
+                                if stitch == "ridge"
+                                else 1.0
+                                for hybrid in ("ab", "ba")
+                            },
                         }
                     )
     return pd.DataFrame(rows)
+
+
+def fit_both_ways(
+    before: HookedModel, after: HookedModel, task: Task, *, spec: AnalysisSpec
+) -> dict[str, dict[int, StitchFit]]:
+    """By hybrid, "ab" (front before, back after) and "ba", then by cut; on the validation split.
+
+    Every fourth group of items is held out to choose the strengths.
+    """
+    items = task.sample(spec.stitch_items, seed=spec.seed, split="validation")
+    _, group = torch.unique(items.groups, return_inverse=True)
+    cuts = layers_to_read(before.n_layers, spec.max_layers)
+    return {
+        hybrid: fit_stitches(front, back, items.tokens, cuts, held_out=group % 4 == 3)
+        for hybrid, front, back in (("ab", before, after), ("ba", after, before))
+    }
 
 
 def find_verdict_cut(before: HookedModel, task: Task, *, spec: AnalysisSpec) -> int | None:

@@ -28,17 +28,20 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Where the change sits. Front of one checkpoint, back of the other, joined at a layer "
-    "boundary; A: before, B: after. Above: expected log score of the hybrids less that of A, at "
-    "the arm's costs, with the network's own logits, after a bias refit and after a head refit, "
-    "as % of oracle − best constant action. Below: the change from A to B divided between front "
-    "and back, and their interaction. Hollow markers: shares that are not valid, since the "
-    "interaction exceeds half of the change or the margin, in at least half of the seeds. "
-    "Vertical line: the cut that counts for the verdict. Grey band: range of both shares, over "
-    "seeds, between two data orders of one arm."
+    "boundary, as they are or (in the figure headed stitched) through a ridge map between their "
+    "activations there, fitted on other items and without labels; A: before, B: after. Above: "
+    "expected log score of the hybrids less that of A, at the arm's costs, with the network's own "
+    "logits, after a bias refit and after a head refit, as % of oracle − best constant action. "
+    "Below: the change from A to B divided between front and back, and their interaction. Hollow "
+    "markers: shares that are not valid, since the interaction exceeds half of the change or the "
+    "margin, in at least half of the seeds. Vertical line: the cut that counts for the verdict, "
+    "which takes hybrids as they are. Grey band: range of both shares, over seeds, between two "
+    "data orders of one arm."
 )
 NEEDS = {
     "crossing": (
-        *("task", "regime", "arm", "seed", "step", "cut", "costs", "currency", "readout"),
+        *("task", "regime", "arm", "seed", "step"),
+        *("cut", "stitch", "costs", "currency", "readout"),
         *("u_aa", "u_ab", "u_ba", "u_bb", "phi_front", "phi_back", "interaction"),
         *("scale", "shares_valid", "null", "verdict_cut"),
     )
@@ -59,23 +62,33 @@ INTERACTION_COLOR = "#4D4D4D"
 
 
 def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
-    """One file per task, in the first regime at hand."""
+    """One file per task, in the first regime at hand, and one more where hybrids were stitched."""
     crossing = read_tables(source, NEEDS)["crossing"]
     files: dict[str, dict[str, str]] = {}
     for task, regime in settings_in(crossing[~crossing["null"]]):
-        files.setdefault(f"crossing_{task}", {"task": task, "regime": regime})
+        present = set(where(crossing, task=task, regime=regime)["stitch"])
+        for stitch, ending in (("identity", ""), ("ridge", "_stitched")):
+            if stitch in present:
+                options = {"task": task, "regime": regime, "stitch": stitch}
+                files.setdefault(f"crossing_{task}{ending}", options)
     return files
 
 
 @style.styled
 def draw(
-    source: str | Path | Tables, *, task: str | None = None, regime: str | None = None
+    source: str | Path | Tables,
+    *,
+    task: str | None = None,
+    regime: str | None = None,
+    stitch: str = "identity",
 ) -> Figure:
     """Rows: hybrids and shares of each arm. Columns: readouts. Defaults: the first variant's."""
     crossing = read_tables(source, NEEDS)["crossing"]
     first = next(iter(variants({"crossing": crossing}).values()))
     task, regime = task or first["task"], regime or first["regime"]
-    rows = final_steps(where(crossing, task=task, regime=regime, currency="log_score"))
+    rows = final_steps(
+        where(crossing, task=task, regime=regime, stitch=stitch, currency="log_score")
+    )
     rows = _in_percent(at_own_costs(rows))
     changed = rows[~rows["null"]]
     arms = [
@@ -118,7 +131,8 @@ def draw(
     if rows["null"].any():
         handles.append(style.patch_handle("null: two data orders", facecolor=style.PALE))
     handles.append(style.handle("cut of the verdict", lw=0.6, ls=(0, (1, 2))))
-    note = f"{style.setting_line(task, regime)}. {style.seeds_note(*summaries)}"
+    joined = "; stitched" if stitch == "ridge" else ""
+    note = f"{style.setting_line(task, regime)}{joined}. {style.seeds_note(*summaries)}"
     note += " Scores in % of oracle − constant."
     style.legend(figure, handles, note)
     return figure

@@ -156,7 +156,8 @@ def crossing_table(tables: Tables) -> ReportTable | None:
     """The shares of front and back at the cut that counts."""
     if "crossing" not in tables:
         return None
-    at_cut = where(tables["crossing"], currency="log_score", verdict_cut=True)
+    crossing = where(tables["crossing"], stitch="identity")
+    at_cut = where(crossing, currency="log_score", verdict_cut=True)
     if at_cut.empty:  # no layer of the before network said anything: there is no cut
         return None
     crossing = at_own_costs(at_cut)
@@ -177,7 +178,8 @@ def crossing_table(tables: Tables) -> ReportTable | None:
     return ReportTable(
         title="The crossing at the verdict's cut",
         note="Change of the expected log score from before to after, in hundredths of (oracle − "
-        "best constant action), divided between the layers before and after the cut. Where the "
+        "best constant action), divided between the layers before and after the cut, hybrids "
+        "joined as they are. Where the "
         "interaction is too large the shares are not valid. The second data order is the null.",
         columns=[
             *(*CELL_TITLES, "Readout"),

@@ -66,6 +66,7 @@ class AnalysisSpec(StrictModel):
 
     The ladder is cross-fitted on `ladder_items`, and along trajectories on `trajectory_items`.
     Networks deeper than `max_layers` are probed, read out and cut at as many evenly spaced layers.
+    The crossing is also stitched, on `stitch_items` others; with 0 it is not.
     """
 
     ladder_items: int = Field(15_000, ge=60)
@@ -77,6 +78,7 @@ class AnalysisSpec(StrictModel):
     patch_grains: tuple[PatchGrain, ...] = ("resid_pre", "attn_out", "mlp_out", "head")
     circuit_steps: int = Field(5, ge=1)
     crossing_items: int = Field(6_000, ge=60)
+    stitch_items: int = Field(1_000, ge=0)
     calibration_bins: int = Field(10, ge=2)
     max_layers: int = Field(12, ge=2)
     batch_size: int = Field(512, ge=1)

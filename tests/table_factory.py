@@ -348,8 +348,12 @@ def _cross_checkpoint(task, regime, arm, seed, step, n_layers, roles):
 
 def _crossing(task, regime, arm, seed, step, n_layers):
     null = arm == "symmetric_reordered"
-    for cut, costs, currency, readout in itertools.product(
-        range(n_layers + 1), _costs(arm), CURRENCIES, ("raw", "bias", "head")
+    for cut, stitch, costs, currency, readout in itertools.product(
+        range(n_layers + 1),
+        ("identity", "ridge"),
+        _costs(arm),
+        CURRENCIES,
+        ("raw", "bias", "head"),
     ):
         label = ("crossing", task, regime, arm, seed, cut, costs, currency, readout)
         total = 0.0 if null else -0.08 - 0.15 * _strength(arm)
@@ -358,12 +362,14 @@ def _crossing(task, regime, arm, seed, step, n_layers):
         u_aa = 0.82 + _noise(*label[:5])
         u_bb = u_aa + total
         interaction = -0.12 * np.sin(np.pi * share) * (_strength(arm) + 0.2 * (not null))
+        interaction *= 1.0 if stitch == "identity" else 0.2
         u_ba = u_aa + total * share + noise[0] - interaction / 2
         u_ab = u_bb - total * share + noise[1] - interaction / 2
         interaction = u_bb - u_ab - u_ba + u_aa
         yield {
             **_key(task, regime, arm, seed, step),
             "cut": cut,
+            "stitch": stitch,
             "costs": costs,
             "currency": currency,
             "readout": readout,

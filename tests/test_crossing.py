@@ -14,7 +14,7 @@ from torch import nn
 
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
-from mechinterp.patching.crossing import cross, fit_stitch, shapley_shares
+from mechinterp.patching.crossing import cross, fit_stitch, fit_stitches, shapley_shares
 
 ACTIONS = (3, 11, 7)
 CUTS = range(N_LAYERS + 1)
@@ -165,6 +165,29 @@ def test_a_stitch_is_the_ridge_regression_it_says():
     torch.testing.assert_close(mapped, y.mean(0), rtol=0, atol=1e-5)
     none = fit_stitch(front, back, tokens, 1, ridge=1e9)
     assert float(none.weight.abs().max()) < 1e-6
+
+
+def test_the_strength_of_a_stitch_is_the_one_with_the_least_error_on_held_out_items():
+    front, back = model("llama", 0), model("llama", 1)
+    tokens = random_tokens(40, 6)
+    held_out = torch.arange(40) % 4 == 3
+    ridges = (1e-6, 1e-2, 1.0, 30.0)
+    fit = fit_stitches(front, back, tokens, [1], held_out=held_out, ridges=ridges, batch_size=7)[1]
+    x, y = (
+        m.capture(tokens[held_out], "resid_pre.1")["resid_pre.1"].double() for m in (front, back)
+    )
+    errors = {}
+    for ridge in ridges:
+        alone = fit_stitch(front, back, tokens[~held_out], 1, ridge=ridge)
+        errors[ridge] = float((alone(x.float()).double() - y).square().sum())
+    assert fit.ridge == min(errors, key=lambda ridge: errors[ridge])
+    assert fit.ridge not in (ridges[0], ridges[-1])  # else the test says little
+    unexplained = errors[fit.ridge] / float((x - y).square().sum())
+    assert fit.unexplained == pytest.approx(unexplained, rel=1e-3)
+    on_all = fit_stitch(front, back, tokens, 1, ridge=fit.ridge)
+    torch.testing.assert_close(fit.stitch.weight, on_all.weight, rtol=0, atol=1e-5)
+    with pytest.raises(AnalysisError, match="held_out"):
+        fit_stitches(front, back, tokens, [1], held_out=torch.zeros(40, dtype=torch.bool))
 
 
 # ---- shares --------------------------------------------------------------------------------------

@@ -339,6 +339,20 @@ def test_recovery_of_one_network_has_one_column(pair):
     assert layout_problems(figure) == []
 
 
+def test_crossing_draws_one_kind_of_hybrid_at_a_time(study):
+    """A line per hybrid and arm, in each of the two files."""
+    crossing = study["crossing"]
+    drawn = {}
+    for stitch in ("identity", "ridge"):
+        alone = crossing[crossing["stitch"] == stitch]
+        both, one = (draw("crossing", {"crossing": t}, stitch=stitch) for t in (crossing, alone))
+        lines = [[list(line.get_ydata()) for line in f.axes[0].lines] for f in (both, one)]
+        assert lines[0] == lines[1]
+        assert layout_problems(both) == []
+        drawn[stitch] = lines[0]
+    assert drawn["identity"] != drawn["ridge"]
+
+
 def test_crossing_marks_shares_that_are_not_valid(study):
     crossing = study["crossing"].assign(shares_valid=False)
     all_hollow = draw("crossing", {"crossing": crossing}).axes[3]
@@ -471,7 +485,8 @@ def test_formats_do_not_depend_on_each_other(drawn, drawn_in_full):
 def test_files_are_named_after_figure_and_task(drawn):
     assert list(drawn.written) == [
         *("dissociation", "ladder", "trajectories", "probes", "recovery_triage"),
-        *("cross_checkpoint", "crossing_triage", "circuits", "calibration"),
+        *("cross_checkpoint", "crossing_triage", "crossing_triage_stitched"),
+        *("circuits", "calibration"),
     ]
     assert drawn.skipped == {}
     assert all(figures.caption(stem) for stem in drawn.written)

@@ -116,7 +116,7 @@ def test_compare_reproduces_the_studys_numbers(finished, tmp_path):
     ours = crossing.pair_tables(pair)["crossing"]
     theirs = read_table(out / "tables" / "crossing.parquet")
     theirs = theirs[(theirs["arm"] == "weighted_1.8") & (theirs["seed"] == 1)]
-    joined = theirs.merge(ours, on=["cut", "costs", "currency", "readout"])
+    joined = theirs.merge(ours, on=["cut", "stitch", "costs", "currency", "readout"])
     assert len(joined) == len(theirs)
     np.testing.assert_allclose(joined["phi_front_x"], joined["phi_front_y"], atol=1e-9)
 

@@ -13,6 +13,7 @@ ANALYSIS = {
     "probe_folds": 3,
     "patch_pairs": 6,
     "crossing_items": 120,
+    "stitch_items": 60,
 }
 SPEC = {
     "name": "tiny",

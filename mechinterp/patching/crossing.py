@@ -8,16 +8,20 @@ layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.sites import Site
+
+# Penalties to choose from, in units of the mean variance of the front's residual: from a free map
+# to nearly the identity.
+RIDGES = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,19 @@ def cross(
     return Crossing(cuts, torch.cat(finals, dim=1), torch.cat(logits, dim=1))
 
 
+@dataclass(frozen=True)
+class StitchFit:
+    """A stitch and how well it does on activations that it was not fitted on.
+
+    `unexplained` is the mean squared error there over that of leaving the residual as it is: 0 is
+    perfect, 1 no better than the identity. NaN where the two networks agree at this cut.
+    """
+
+    stitch: Stitch
+    ridge: float
+    unexplained: float
+
+
 @torch.no_grad()
 def fit_stitch(
     front: HookedModel,
@@ -126,33 +143,56 @@ def fit_stitch(
     Raises:
         AnalysisError: the networks' shapes differ, or the cut does not exist.
     """
-    _check_cuts(front, back, cut)
-    site = _boundary(front, cut)
-    d = front.d_model
-    n = 0
-    sum_x, sum_y = torch.zeros(2, d, dtype=torch.float64)
-    sum_xx, sum_xy = torch.zeros(2, d, d, dtype=torch.float64)
-    for start in range(0, len(tokens), batch_size):
-        rows = slice(start, start + batch_size)
-        mask = None if attention_mask is None else attention_mask[rows]
-        x, change = (
-            rearrange(resid, "items positions d -> (items positions) d").double().cpu()
-            for resid in _resid_and_change(front, back, tokens[rows], site, mask)
+    cuts = _check_cuts(front, back, cut)
+    moments = _moments(front, back, tokens, cuts, attention_mask, batch_size)[cut]
+    return _solve(moments, cut, ridge, back)
+
+
+@torch.no_grad()
+def fit_stitches(
+    front: HookedModel,
+    back: HookedModel,
+    tokens: Int[Tensor, "items positions"],
+    cuts: int | Sequence[int] | None,
+    *,
+    held_out: Bool[Tensor, " items"],
+    ridges: Sequence[float] = RIDGES,
+    attention_mask: Int[Tensor, "items positions"] | None = None,
+    batch_size: int = 256,
+) -> dict[int, StitchFit]:
+    """`fit_stitch` at each cut, its strength chosen by the error on `held_out` items; one pass.
+
+    Only activations choose: the strength with the least squared error on the back's residual of the
+    held-out items, in a fit to the others, is then used in a fit to all.
+
+    Raises:
+        AnalysisError: as `fit_stitch`, or `held_out` holds all items or none.
+    """
+    cuts = _check_cuts(front, back, cuts)
+    if held_out.all() or not held_out.any():
+        raise AnalysisError("held_out: expected some items held out and some not; give more items")
+    fitted_on, tested_on = (
+        _moments(
+            front,
+            back,
+            tokens[rows],
+            cuts,
+            None if attention_mask is None else attention_mask[rows],
+            batch_size,
         )
-        if mask is not None:
-            kept = mask.bool().flatten().cpu()
-            x, change = x[kept], change[kept]
-        n += len(x)
-        sum_x += x.sum(0)
-        sum_y += change.sum(0)
-        sum_xx += x.T @ x
-        sum_xy += x.T @ change
-    mean_x, mean_y = sum_x / n, sum_y / n
-    covariance = sum_xx / n - mean_x.outer(mean_x)
-    penalty = ridge * covariance.diagonal().mean() * torch.eye(d, dtype=torch.float64)
-    weight = torch.linalg.solve(covariance + penalty, sum_xy / n - mean_x.outer(mean_y))
-    bias = mean_y - mean_x @ weight
-    return Stitch(cut, weight.to(back.device, back.dtype), bias.to(back.device, back.dtype))
+        for rows in (~held_out, held_out)
+    )
+    fits = {}
+    for cut in cuts:
+        errors = {
+            ridge: tested_on[cut].error(_solve(fitted_on[cut], cut, ridge)) for ridge in ridges
+        }
+        ridge = min(errors, key=lambda ridge: errors[ridge])
+        stitch = _solve(fitted_on[cut] + tested_on[cut], cut, ridge, back)
+        as_it_is = tested_on[cut].square_change
+        unexplained = errors[ridge] / as_it_is if as_it_is > 0 else float("nan")
+        fits[cut] = StitchFit(stitch, ridge, unexplained)
+    return fits
 
 
 def shapley_shares(
@@ -174,16 +214,78 @@ def shapley_shares(
     )
 
 
-def _resid_and_change(
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over positions of x, the front's residual, and of the change from it to the back's: all
+    that a ridge fit, and its error on these positions, needs."""
+
+    n: int
+    x: Float[Tensor, " d_model"]
+    change: Float[Tensor, " d_model"]
+    x_x: Float[Tensor, "d_model d_model"]
+    x_change: Float[Tensor, "d_model d_model"]
+    square_change: float
+
+    @classmethod
+    def of(
+        cls, x: Float[Tensor, "positions d_model"], change: Float[Tensor, "positions d_model"]
+    ) -> _Moments:
+        square = float(change.square().sum())
+        return cls(len(x), x.sum(0), change.sum(0), x.T @ x, x.T @ change, square)
+
+    def __add__(self, other: _Moments) -> _Moments:
+        return _Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def error(self, stitch: Stitch) -> float:
+        """The sum of |change - x @ weight - bias| squared over the positions."""
+        weight, bias = stitch.weight, stitch.bias
+        predicted = (weight * (self.x_x @ weight)).sum() + self.n * bias @ bias
+        predicted = predicted + 2 * (self.x @ weight) @ bias
+        cross = (weight * self.x_change).sum() + bias @ self.change
+        return max(self.square_change - 2 * float(cross) + float(predicted), 0.0)
+
+
+def _moments(
     front: HookedModel,
     back: HookedModel,
     tokens: Int[Tensor, "items positions"],
-    site: Site,
+    cuts: Sequence[int],
     attention_mask: Int[Tensor, "items positions"] | None,
-) -> tuple[Float[Tensor, "items positions d_model"], Float[Tensor, "items positions d_model"]]:
-    x = front.capture(tokens, [site], attention_mask=attention_mask)[site]
-    y = back.capture(tokens, [site], attention_mask=attention_mask)[site]
-    return x, y.to(x.device) - x
+    batch_size: int,
+) -> dict[int, _Moments]:
+    sites = {cut: _boundary(front, cut) for cut in cuts}
+    found: dict[int, _Moments] = {}
+    for start in range(0, len(tokens), batch_size):
+        rows = slice(start, start + batch_size)
+        mask = None if attention_mask is None else attention_mask[rows]
+        captured = [
+            model.capture(tokens[rows], list(sites.values()), attention_mask=mask)
+            for model in (front, back)
+        ]
+        for cut, site in sites.items():
+            x, y = (
+                rearrange(here[site], "items positions d -> (items positions) d").double().cpu()
+                for here in captured
+            )
+            if mask is not None:
+                kept = mask.bool().flatten().cpu()
+                x, y = x[kept], y[kept]
+            here = _Moments.of(x, y - x)
+            found[cut] = found[cut] + here if cut in found else here
+    return found
+
+
+def _solve(moments: _Moments, cut: int, ridge: float, back: HookedModel | None = None) -> Stitch:
+    """The ridge fit, in float64, or where and in what type `back` computes."""
+    mean_x, mean_change = moments.x / moments.n, moments.change / moments.n
+    covariance = moments.x_x / moments.n - mean_x.outer(mean_x)
+    penalty = ridge * covariance.diagonal().mean() * torch.eye(len(mean_x), dtype=torch.float64)
+    shared = moments.x_change / moments.n - mean_x.outer(mean_change)
+    weight = torch.linalg.solve(covariance + penalty, shared)
+    bias = mean_change - mean_x @ weight
+    if back is not None:
+        weight, bias = (part.to(back.device, back.dtype) for part in (weight, bias))
+    return Stitch(cut, weight, bias)
 
 
 def _boundary(model: HookedModel, cut: int) -> Site:

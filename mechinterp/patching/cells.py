@@ -90,18 +90,24 @@ class Patches(ABC):
 
     def _write(
         self,
-        rows: Float[Tensor, "rows suffix kinds *site"],
+        rows: Float[Tensor, "rows suffix places *site"],
         new: Float[Tensor, "items positions kinds *site"],
         kinds: Int[Tensor, " rows"],
         items: Int[Tensor, " rows"],
         start: int,
+        *,
+        places: Int[Tensor, " kinds"] | None = None,
     ) -> None:
-        """Write `new` over each row's kind, at all of its positions or, by position, at `start`."""
+        """Write `new` over each row's kind, at all of its positions or, by position, at `start`.
+
+        `places` says where the kinds stand in `rows`, if not all of what stands there is patched.
+        """
         at = torch.arange(len(items), device=items.device)
+        place = kinds if places is None else places[kinds]
         if self.plan.positions is None:
-            rows[at, :, kinds] = new[items, start:, kinds]
+            rows[at, :, place] = new[items, start:, kinds]
         else:
-            rows[at, 0, kinds] = new[items, start, kinds]
+            rows[at, 0, place] = new[items, start, kinds]
 
 
 class PositionPatches(Patches):
@@ -225,11 +231,7 @@ class NeuronPatches(Patches):
     def residuals(self, suffix: Suffix, layer: int, units: Tensor, items: Tensor) -> Resid:
         kinds, start = self._kinds(units), suffix.start
         active = self.run.activations[Site("neuron", layer)][:, start:].index_select(0, items)
-        at = torch.arange(len(items), device=items.device)
-        if self.plan.positions is None:
-            active[at, :, self.neurons[kinds]] = self.new[layer][items, start:, kinds]
-        else:
-            active[at, 0, self.neurons[kinds]] = self.new[layer][items, start, kinds]
+        self._write(active, self.new[layer], kinds, items, start, places=self.neurons)
         block = self.run.model.architecture.blocks[layer]
         mlp_out = block.mlp_projection(active)
         if block.mlp_post_norm is not None:

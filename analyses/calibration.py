@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pandas as pd
-import torch
 
 from analyses.pair import Pair, run_script
 from analyses.streams import DecisionStreams
 from mechinterp import decisions
 from mechinterp.tasks.base import Items
+from probes.calibration import equal_width_bins, reliability
 
 
 def measure_calibration(
@@ -29,45 +29,43 @@ def measure_calibration(
 
     Items count with their worth W = sum_a v(a, y), so that at symmetric costs this is the usual
     reliability diagram. `ece` is the weighted mean of |observed - predicted| over the bins, which
-    is biased upwards by chance alone; `ece_floor` is what a perfectly calibrated report of the same
-    probabilities would score on average.
+    is biased upwards by chance alone; `ece_floor` is what a perfectly calibrated report would score
+    on average, and `ece_debiased` what is left without it (see `probes.calibration`).
     """
     target = items.labels if items.posterior is None else items.posterior
     predicted = streams.action_logits.softmax(1)[:, -1]
-    bins = (predicted * n_bins).long().clamp(max=n_bins - 1)
-    rows, summary = [], []
+    bins = equal_width_bins(predicted, n_bins)
+    diagrams, summary = [], []
     for name, utility in costs.items():
         weights = decisions.action_weights(items.labels, utility)
         worth = weights.sum(1)
         observed = weights[:, -1] / worth
-        error = floor = 0.0
-        for b in range(n_bins):
-            here = bins == b
-            if not here.any():
-                continue
-            share = worth[here] / worth[here].sum()
-            p, o = float(share @ predicted[here]), float(share @ observed[here])
-            mass = float(worth[here].sum() / worth.sum())
-            error += mass * abs(o - p)
-            spread = float((share**2 * predicted[here] * (1 - predicted[here])).sum()) ** 0.5
-            floor += mass * spread * (2 / torch.pi) ** 0.5
-            rows.append(
-                {"costs": name, "bin": b, "predicted": p, "observed": o, "n_items": int(here.sum())}
-            )
-        brier = float((worth * (predicted - observed) ** 2).sum() / worth.sum())
+        found = reliability(predicted, observed, bins, weights=worth, groups=items.groups)
+        diagram = pd.DataFrame(
+            {
+                "bin": found.bins,
+                "predicted": found.predicted,
+                "observed": found.observed,
+                "n_items": found.n_items,
+            }
+        )
+        diagrams.append(diagram.assign(costs=name)[["costs", *diagram.columns]])
+        log_scores = decisions.log_score(streams.action_logits, target, utility)
         summary.append(
             {
                 "costs": name,
-                "ece": error,
-                "ece_floor": floor,
-                "brier": brier,
-                "log_loss": -float(
-                    decisions.log_score(streams.action_logits, target, utility).mean()
-                ),
+                "ece": found.error,
+                "ece_floor": found.error_by_chance,
+                "ece_debiased": found.debiased_error,
+                "brier": float((worth * (predicted - observed) ** 2).sum() / worth.sum()),
+                "log_loss": -float(log_scores.mean()),
                 "n_items": len(items),
             }
         )
-    return {"calibration": pd.DataFrame(rows), "calibration_summary": pd.DataFrame(summary)}
+    return {
+        "calibration": pd.concat(diagrams, ignore_index=True),
+        "calibration_summary": pd.DataFrame(summary),
+    }
 
 
 def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:

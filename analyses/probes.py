@@ -1,4 +1,5 @@
-"""Linear probes: is each latent readable at each layer, beyond a control and a random network?"""
+"""Linear probes: is each latent readable at each layer, beyond a control task, a network of random
+weights and the tokens alone?"""
 
 from __future__ import annotations
 
@@ -15,15 +16,16 @@ from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Items, Task
 from probes.crossfit import ProbeConfig
 from probes.probe import probe_latents
+from probes.surface import surface_features
 
 
 def measure_probes(
     streams: DecisionStreams, items: Items, task: Task, *, spec: AnalysisSpec
 ) -> pd.DataFrame:
-    """layer, latent, needed, kind ("latent" or "control"), measure, value.
+    """Columns layer, latent, needed, kind, measure, value, low, high: see `ProbeResult`.
 
     On the residual stream at the decision, before the final norm. Layer 0, the embedding of the
-    last token, is the same in every item and is left out.
+    last token, is the same in every item and is left out. Layer -1 is the tokens.
     """
     some = items.select(slice(0, spec.probe_items))
     result = probe_latents(
@@ -31,6 +33,8 @@ def measure_probes(
         some.latents,
         groups=some.groups,
         control_types=task.control_types(some),
+        surface=surface_features(some.tokens, groups=some.groups),
+        with_description_length=spec.description_length,
         config=ProbeConfig(n_folds=spec.probe_folds, seed=spec.seed),
     )
     needed = {latent.name: latent.needed for latent in task.latents}

@@ -66,6 +66,7 @@ class AnalysisSpec(StrictModel):
 
     The ladder is cross-fitted on `ladder_items`, and along trajectories on `trajectory_items`.
     Networks deeper than `max_layers` are probed, read out and cut at as many evenly spaced layers.
+    Without `description_length` probes leave it out, which takes as long as all else about them.
     The crossing is also stitched, on `stitch_items` others; with 0 it is not.
     """
 
@@ -74,6 +75,7 @@ class AnalysisSpec(StrictModel):
     ladder_folds: int = Field(3, ge=3)
     probe_items: int = Field(3_000, ge=60)
     probe_folds: int = Field(5, ge=3)
+    description_length: bool = True
     patch_pairs: int = Field(128, ge=2)
     patch_grains: tuple[PatchGrain, ...] = ("resid_pre", "attn_out", "mlp_out", "head")
     circuit_steps: int = Field(5, ge=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -15,8 +16,9 @@ from sklearn.preprocessing import StandardScaler
 from mechinterp.errors import AnalysisError
 from probes.crossfit import ProbeConfig, cross_fit
 from probes.folds import grouped_folds
-from probes.measures import auroc, score
-from probes.probe import control_labels, probe_latents
+from probes.measures import MEASURES, auroc, score
+from probes.probe import SURFACE_LAYER, control_labels, probe_latents
+from probes.surface import surface_features
 
 
 def activations(codes, n_values, d=12, noise=1.0, seed=0):
@@ -75,7 +77,7 @@ def test_fits_in_parts_equal_fits_at_once(monkeypatch):
     folds = grouped_folds(torch.arange(100), labels, 5)
     config = ProbeConfig(strengths=(0.1, 0.01), tol=1e-8)
     whole = cross_fit(X, labels, 2, folds, config)
-    monkeypatch.setattr("probes.crossfit._MAX_LOGITS", 1000)
+    monkeypatch.setattr("probes.grid._MAX_LOGITS", 1000)
     parts = cross_fit(X, labels, 2, folds, config)
     torch.testing.assert_close(
         whole.log_probabilities, parts.log_probabilities, atol=1e-5, rtol=1e-5
@@ -158,7 +160,7 @@ def test_what_is_there_is_found_and_what_is_not_is_not():
     types = torch.tensor(rng.integers(0, 200, size=n))
     result = probe_latents(streams, latents, groups=torch.arange(n), control_types=types)
     value = result.table.set_index(["layer", "latent", "kind", "measure"]).value
-    assert len(result.table) == 2 * 3 * (5 + 4)
+    assert len(result.table) == 2 * 3 * (8 + 7)
     assert value[3, "here", "latent", "auroc"] > 0.99
     assert value[3, "digit", "latent", "accuracy"] > 0.9
     assert value[3, "here", "latent", "selectivity"] > 0.4
@@ -215,7 +217,99 @@ def test_groups_never_cross_folds_and_the_seed_decides():
     assert not torch.equal(runs[0].folds, runs[2].folds)
     for group in groups.unique():
         assert len(runs[0].folds[groups == group].unique()) == 1
-    assert set(runs[0].table.measure) == {"auroc", "accuracy", "balanced_accuracy", "log_loss"}
+    assert set(runs[0].table.measure) == set(MEASURES)
+
+
+def test_selectivity_of_noise_is_zero_within_its_interval():
+    rng = np.random.default_rng(10)
+    covered = []
+    for _ in range(60):
+        latent = torch.tensor(rng.integers(0, 2, size=120))
+        result = probe_latents(
+            {0: torch.tensor(rng.normal(size=(120, 3)))},
+            {"z": latent},
+            groups=torch.arange(120),
+            control_types=torch.tensor(rng.integers(0, 60, size=120)),
+            config=ProbeConfig(n_folds=3, strengths=(0.1,), seed=len(covered)),
+        )
+        row = result.table.set_index("measure").loc["selectivity"]
+        assert row.low < row.value < row.high
+        covered.append(row.low <= 0 <= row.high)
+    assert np.mean(covered) >= 0.9
+
+
+def test_planted_signal_is_read_as_well_as_theory_says():
+    """Classes at +-mu with unit noise: the best accuracy is Phi(mu), the best AUROC
+    Phi(sqrt(2) mu)."""
+    rng = np.random.default_rng(11)
+    latent = torch.tensor(rng.integers(0, 2, size=4000))
+    mu, direction = 0.8, np.eye(1, 10)[0]
+    x = torch.tensor(rng.normal(size=(4000, 10)) + np.outer(2 * latent.numpy() - 1, mu * direction))
+    result = probe_latents({0: x}, {"z": latent}, groups=torch.arange(4000))
+    value = result.table.set_index("measure")
+    for measure, expected in (("accuracy", norm.cdf(mu)), ("auroc", norm.cdf(2**0.5 * mu))):
+        row = value.loc[measure]
+        assert row.high - row.low < 0.03
+        # Four standard errors; and of what the best direction reads from these very items.
+        assert abs(row.value - expected) < row.high - row.low
+        best = {"accuracy": (x[:, 0] > 0) == latent, "auroc": auroc(x[:, 0], latent == 1)}[measure]
+        assert row.value == pytest.approx(float(best.double().mean()), abs=0.01)
+    # Bits about the label, by integrating log2 p(y | x) over x.
+    grid = np.linspace(-8, 8, 4001)
+    density = norm.pdf(grid - mu)
+    bits = 1 + (density * -np.log2(1 + np.exp(-2 * mu * grid))).sum() * (grid[1] - grid[0])
+    assert value.loc["information"].low < bits < value.loc["information"].high + 0.01
+    assert abs(value.loc["calibration_error"].value) < 0.02
+    information = result.information("z", 0)
+    assert information.shape == (4000,)
+    assert float(information.mean()) == pytest.approx(value.loc["information"].value)
+
+
+def test_surface_features_are_a_baseline_of_their_own():
+    rng = np.random.default_rng(12)
+    n = 300
+    tokens = torch.tensor(rng.integers(10, 16, size=(n, 4)))
+    tokens[:, -1] = 3
+    latents = {
+        "in the bag": (tokens == 12).any(1).long(),
+        "not there": torch.tensor(rng.integers(0, 2, size=n)),
+    }
+    groups = torch.arange(n)
+    result = probe_latents(
+        {1: torch.tensor(rng.normal(size=(n, 5)))},
+        latents,
+        groups=groups,
+        control_types=tokens[:, 0],
+        surface=surface_features(tokens, groups=groups),
+    )
+    surface = result.table[result.table.layer == SURFACE_LAYER]
+    assert set(surface.kind) == {"surface_token", "surface_bag"}
+    auroc = surface[surface.measure == "auroc"].set_index(["kind", "latent"]).value
+    assert auroc["surface_bag", "in the bag"] > 0.99
+    assert auroc["surface_bag", "not there"] < 0.6
+    assert auroc["surface_token", "in the bag"] == pytest.approx(0.5)
+    assert "selectivity" not in set(surface.measure)
+    assert set(result.log_probabilities) == set(latents)
+    assert len(result.log_probabilities["not there"]) == 1
+
+
+def test_description_length_joins_the_table_where_asked_for():
+    rng = np.random.default_rng(13)
+    latent = torch.tensor(rng.integers(0, 2, size=200))
+    types = torch.arange(200) // 2
+    result = probe_latents(
+        {0: activations(latent.numpy(), 2, noise=0.3)},
+        {"z": latent},
+        groups=torch.arange(200),
+        control_types=types,
+        with_description_length=True,
+        config=ProbeConfig(strengths=(0.1, 0.01)),
+    )
+    value = result.table.set_index(["kind", "measure"]).value
+    assert value["latent", "description_length"] < 80 < 190 < value["control", "description_length"]
+    assert value["latent", "compression"] == pytest.approx(
+        200 / value["latent", "description_length"]
+    )
 
 
 def test_features_that_are_constant_are_ignored():

@@ -45,8 +45,8 @@ def score_edges(model: HookedModel, task: Task, *, spec: AnalysisSpec) -> EdgeAt
 
 def measure_circuit(
     model: HookedModel, task: Task, *, spec: AnalysisSpec
-) -> tuple[EdgeAttribution, dict[str, pd.DataFrame]]:
-    """The edges' scores, and the tables `circuit_edges`, `faithfulness` and
+) -> tuple[EdgeAttribution, FaithfulnessCurve, dict[str, pd.DataFrame]]:
+    """The edges' scores, the faithfulness curve, and the tables `circuit_edges`, `faithfulness` and
     `faithfulness_summary`."""
     edges = score_edges(model, task, spec=spec)
     curve = faithfulness_curve(
@@ -61,7 +61,7 @@ def measure_circuit(
         "faithfulness": curve.to_table(seed=spec.seed),
         "faithfulness_summary": curve.summary(seed=spec.seed),
     }
-    return edges, tables
+    return edges, curve, tables
 
 
 def circuit_of_curve(
@@ -83,9 +83,10 @@ def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
     """Tables `circuit_edges`, `faithfulness`, `faithfulness_summary` of every arm; and of each
     against "before" `circuit_overlap`, `circuit_nodes` and `crosswise_faithfulness`."""
     edges: dict[str, EdgeAttribution] = {}
+    curves: dict[str, FaithfulnessCurve] = {}
     parts: dict[str, dict[str, pd.DataFrame]] = {}
     for arm, model in pair.models.items():
-        edges[arm], tables = measure_circuit(model, pair.task, spec=pair.spec)
+        edges[arm], curves[arm], tables = measure_circuit(model, pair.task, spec=pair.spec)
         for name, table in tables.items():
             parts.setdefault(name, {})[arm] = table
     for arm in set(pair.models) - {"before"}:
@@ -98,6 +99,7 @@ def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
             pair.models[arm],
             before_scores=edges["before"].scores,
             after_scores=edges[arm].scores,
+            own={"before": curves["before"], "after": curves[arm]},
             seed=pair.spec.seed,
             **_prompts(pair.task, pair.spec),
         )

@@ -110,6 +110,13 @@ def test_crosswise_curves_are_the_single_ones():
     )
     curve = result.curves["before", "after"]
     torch.testing.assert_close(curve.values, alone.values)
+    torch.testing.assert_close(curve.random_values, alone.random_values)
+    again = crosswise_faithfulness(  # the own curve that is given is not measured again
+        *models.values(), clean, corrupt, metric, *found.values(), own={"after": alone},
+        sizes=(0.1, 0.5, 1.0),
+    )  # fmt: skip
+    assert again.curves["after", "after"] is alone
+    torch.testing.assert_close(again.curves["before", "after"].values, curve.values)
     summary = result.summary(n_resamples=50).query("kind == 'scored'")
     cmd = summary.set_index(["circuit", "model"])["cmd"]
     assert cmd["before", "after"] == pytest.approx(alone.cmd)

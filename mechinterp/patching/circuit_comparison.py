@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -188,6 +189,8 @@ def crosswise_faithfulness(
     metric: Metric,
     before_scores: Float[Tensor, " writers *readers"],
     after_scores: Float[Tensor, " writers *readers"],
+    *,
+    own: Mapping[str, FaithfulnessCurve] | None = None,
     **options: Any,
 ) -> CrosswiseFaithfulness:
     """Does the before circuit explain the after model, and the reverse?
@@ -195,6 +198,8 @@ def crosswise_faithfulness(
     Args:
         before, after: networks of one shape, or functions that load them: then one is in memory at
             a time.
+        own: curves measured already, with the same options: of the before circuit in the before
+            model ("before"), of the after circuit in the after model ("after").
 
     Options as of `faithfulness_curve`.
 
@@ -209,10 +214,12 @@ def crosswise_faithfulness(
         if graph is not None and Graph.of(model) != graph:
             raise AnalysisError("before and after: the networks' layers, heads or norms differ")
         graph = Graph.of(model)
-        for circuit, scores in circuits.items():
-            curves[circuit, name] = faithfulness_curve(
-                model, clean, corrupt, metric, scores, **options
-            )
+        (other,) = circuits.keys() - {name}
+        run = partial(faithfulness_curve, model, clean, corrupt, metric)
+        curve = own[name] if own and name in own else run(circuits[name], **options)
+        crossed = run(circuits[other], **{**options, "n_random": 0})  # those of `curve` serve both
+        curves[name, name] = curve
+        curves[other, name] = replace(crossed, random_values=curve.random_values)
         del model
     order = [(circuit, model) for circuit in circuits for model in circuits]
     return CrosswiseFaithfulness({key: curves[key] for key in order})

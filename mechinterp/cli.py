@@ -147,6 +147,53 @@ def circuits(
 
 
 @app.command()
+def capture(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    task: Task,
+    out: Annotated[Path, typer.Option("--out", help="Directory of the store.")],
+    sites: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A grain (resid_post) or site (head.2.5); repeatable, or with commas."),
+    ] = None,
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of the grains: 3, 0-5 or 0-5,11. Default: all."),
+    ] = None,
+    positions: Annotated[
+        str, typer.Option(help="decision, last, all, or indexes such as 0,-1.")
+    ] = "decision",
+    items: Annotated[int, typer.Option(help="How many of the task's items.", min=1)] = 1000,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of the items.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Items run at once.", min=1)] = 32,
+    attention: Annotated[str, typer.Option(help="eager or sdpa.")] = "eager",
+    threads: Threads = 1,
+) -> None:
+    """Stream activations to disk in one forward pass; after an interruption, go on from there."""
+    from mechinterp.threads import limit_threads
+
+    limit_threads(threads)
+    from mechinterp.store.command import capture_task
+
+    store = capture_task(
+        checkpoint,
+        task=task,
+        out=out,
+        sites=sites or ["resid_post"],
+        layers=layers,
+        positions=positions,
+        n_items=items,
+        split=split,
+        seed=seed,
+        dtype=dtype,
+        batch_size=batch_size,
+        attn_implementation=attention,
+    )
+    print(store.describe())
+
+
+@app.command()
 def figures(
     directory: Annotated[Path, typer.Argument(help="What a study or comparison left.")],
     only: Annotated[

@@ -41,3 +41,7 @@ class ConvergenceError(MechinterpError):
 
 class AnalysisError(MechinterpError):
     """An analysis was asked for something its inputs cannot give."""
+
+
+class StoreError(MechinterpError):
+    """Stored activations are damaged, unfinished or of something else, or the disk is full."""

@@ -8,13 +8,11 @@ by batch as the model runs, and bears its name only when it is whole.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,14 +24,8 @@ from mechinterp.patching.metrics import Metric
 from mechinterp.patching.reference import site_shape
 from mechinterp.progress import progress_bar
 from mechinterp.sites import Site
+from mechinterp.store.tensor_file import TensorFile
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
 _METRIC = "metric"
 
 
@@ -199,18 +191,19 @@ def store_activations(
         atomic_file(path) as temporary,
         progress_bar(f"storing {grain}", n_items, unit="prompts") as advance,
     ):
-        write = _SafetensorsWriter(temporary, layout, about)
-        write("tokens", slice(None), tokens)
+        file = TensorFile(temporary, layout, about)
+        file.reserve()
+        file.write("tokens", 0, tokens)
         if scores is not None:
-            write(_METRIC, slice(None), scores)
+            file.write(_METRIC, 0, scores)
         for start in range(0, n_items, batch_size):
             rows = slice(start, start + batch_size)
             mask = None if attention_mask is None else attention_mask[rows]
             captured = source.capture(tokens[rows], sites, attention_mask=mask)
             for place in sites:
-                write(str(place), rows, captured[place])
+                file.write(str(place), start, captured[place])
             advance(len(tokens[rows]))
-        write.flush()
+        file.seal({name: file.checksum(name) for name in layout})
     return StoredActivations(Path(path), grain, source.n_layers)
 
 
@@ -234,43 +227,3 @@ def _own_metric(
             logits = logits[:, metric.token_ids.to(logits.device)]
         scores.append(metric(logits, items[rows]).cpu())
     return torch.cat(scores)
-
-
-class _SafetensorsWriter:
-    """A safetensors file whose tensors are filled in place, rows at a time.
-
-    The format: 8 bytes with the header's length, a JSON header with each tensor's type, shape and
-    place, and the tensors' bytes, row-major and little-endian.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-        about: dict[str, str],
-    ) -> None:
-        header: dict[str, Any] = {"__metadata__": about}
-        offset = 0
-        for name, (dtype, shape) in layout.items():
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            places = [offset, offset + size]
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": places}
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start at multiples of 8 bytes
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + offset)
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r+", offset=8 + len(text))
-        self._header, self._layout = header, layout
-
-    def __call__(self, name: str, rows: slice, values: Tensor) -> None:
-        dtype, shape = self._layout[name]
-        start, stop, _ = rows.indices(shape[0])
-        bytes_per_row = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        begin = self._header[name]["data_offsets"][0]
-        raw = values.to(dtype).cpu().contiguous().flatten().view(torch.uint8).numpy()
-        self._bytes[begin + start * bytes_per_row : begin + stop * bytes_per_row] = raw
-
-    def flush(self) -> None:
-        self._bytes.flush()

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import AnalysisError
-from probes.logistic import fit_softmax
-
-_MAX_LOGITS = 1 << 22  # logits fitted at once: 32 MB for each array of their size
+from probes.grid import fit_grid
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class ProbeConfig:
     n_folds: int = 5
     n_inner_folds: int = 2
     strengths: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
-    tol: float = 1e-4
+    tol: float = 1e-6
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,39 +76,17 @@ def fit_probes(
     More than two values are fitted jointly, by softmax: the probabilities of a latent then minimise
     one log-loss and add up, which those of separate one-against-the-rest fits do not.
     """
-    n_sets, m, k = strengths.shape
-    at_once = max(1, _MAX_LOGITS // (len(X) * m * k * n_values))
-    if n_sets > at_once:
-        parts = [
-            fit_probes(X, labels, n_values, train=some, strengths=theirs, tol=tol)
-            for some, theirs in zip(train.split(at_once), strengths.split(at_once), strict=True)
-        ]
-        coefs, intercepts = zip(*[(part.coef, part.intercept) for part in parts], strict=True)
-        return LinearProbes(torch.cat(coefs), torch.cat(intercepts))
-
-    # Scaling a feature by its deviation over the training set is scaling its penalty by the
-    # variance, so all sets share one design. Items outside a set have no weight in it.
-    centre, scale = X.mean(0), X.std(0)
-    design = (X - centre) / torch.where(scale > 1e-10 * centre.abs(), scale, torch.inf)
-    share = train.double() / train.sum(1, keepdim=True)
-    variance = share @ design.square() - (share @ design).square()
-    variance = torch.where(variance > 1e-10, variance, 1.0)  # constant in the set: not used
-    # For two values softmax halves the penalty on their difference; scikit-learn's is the full one.
-    factor = train.sum(1, keepdim=True) * (2 if n_values == 2 else 1)
-    l2 = torch.einsum("smk,sd->smkd", strengths, factor * variance)
-    one_hot = torch.nn.functional.one_hot(labels, n_values).double()
-    targets = torch.einsum("nka,sn->nska", one_hot, train.double())
-    fit = fit_softmax(
-        design,
-        repeat(targets, "n s k a -> n (s m k) a", m=m),
-        l2=rearrange(l2, "s m k d -> (s m k) d"),
+    sizes = train.sum(1).to(strengths)
+    fit = fit_grid(
+        X,
+        labels,
+        n_values,
+        weights=repeat(train.to(strengths), "s n -> s n k", k=labels.shape[1]),
+        l2=strengths * sizes[:, None, None],
+        standardise=True,
         tol=tol,
     )
-    coef = fit.coef / scale.clamp_min(1e-30)
-    return LinearProbes(
-        rearrange(coef, "(s m k) a d -> s m k a d", s=n_sets, m=m),
-        rearrange(fit.intercept - coef @ centre, "(s m k) a -> s m k a", s=n_sets, m=m),
-    )
+    return LinearProbes(fit.coef, fit.intercept)
 
 
 def cross_fit(

@@ -17,26 +17,36 @@ from torch import Tensor
 
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 _MAX_HALVINGS = 30
-_MEMORY = 5  # pairs of (step, change of gradient) that L-BFGS remembers
+_MEMORY = 10  # pairs of (step, change of gradient) that L-BFGS remembers
+_COMPACT = 0.125  # share of the batch that has converged at which it is dropped
 _TINY = 1e-30
+
+
+_PER_PROBLEM = ("targets", "weights", "offset", "penalty")
 
 
 @dataclass(frozen=True)
 class Problems:
     """Minimise sum_i w_ki CE(t_ki, link(z_ki)) + 1/2 sum_cj penalty_kj theta_kcj^2, for every k.
 
-    `centre` and `scale` say how the design was standardised: design = (X - centre) / scale.
+    `centre` and `scale` say how the design was standardised: design = (X - centre) / scale. Where
+    `rotated`, X itself is an orthogonal map of the features.
     """
 
     design: Float[Tensor, "n D"]
     targets: Float[Tensor, "k c n"]
     weights: Float[Tensor, "k n"]
-    offset: Float[Tensor, "k c n"]
+    offset: Float[Tensor, "k c n"] | None
     penalty: Float[Tensor, "k 1 D"]
     centre: Float[Tensor, " D"]
     scale: Float[Tensor, " D"]
+    rotated: bool = False
 
     def logits(self, theta: Float[Tensor, "k c D"]) -> Float[Tensor, "k c n"]:
+        z = self.linear(theta)
+        return z if self.offset is None else z + self.offset
+
+    def linear(self, theta: Float[Tensor, "k c D"]) -> Float[Tensor, "k c n"]:
         """The design's part of the logits, without the offset."""
         rows = rearrange(theta, "k c D -> (k c) D") @ self.design.T
         return rearrange(rows, "(k c) n -> k c n", c=theta.shape[1])
@@ -54,20 +64,23 @@ class Problems:
         return rearrange(rows, "(k c) D -> k c D", c=theta.shape[1]) + self.penalty * theta
 
     def certificate(self, gradient: Float[Tensor, "k c D"]) -> Float[Tensor, " k"]:
-        """The largest entry of the gradient in the coordinates of X, per unit of weight."""
+        """The largest entry of the gradient in the coordinates of X, per unit of weight.
+
+        Where X is a rotation of the features: its Euclidean norm, a bound on their largest entry.
+        """
         original = gradient * self.scale + gradient[..., -1:] * self.centre
-        return original.abs().amax((1, 2)) / self.weights.sum(1)
+        size = original.norm(dim=(1, 2)) if self.rotated else original.abs().amax((1, 2))
+        return size / self.weights.sum(1)
 
     def select(self, kept: Bool[Tensor, " k"]) -> Problems:
-        names = ("targets", "weights", "offset", "penalty")
+        if kept.all():
+            return self
+        names = [name for name in _PER_PROBLEM if getattr(self, name) is not None]
         return replace(self, **{name: getattr(self, name)[kept] for name in names})
 
-    def single(self) -> Problems:
-        """The same problems in float32, certified in the coordinates of the standardised design."""
-        fields = {name: value.float() for name, value in vars(self).items()}
-        fields["centre"] = torch.zeros_like(fields["centre"])
-        fields["scale"] = torch.ones_like(fields["scale"])
-        return Problems(**fields)
+    def to(self, dtype: torch.dtype) -> Problems:
+        tensors = {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{name: value.to(dtype) for name, value in tensors.items()})
 
 
 def link(z: Float[Tensor, "k c n"]) -> Float[Tensor, "k c n"]:
@@ -106,14 +119,23 @@ class Metric:
         return cls(inverse, group[:, None].expand(-1, c), size)
 
     @classmethod
-    def hessian(cls, problems: Problems, theta: Float[Tensor, "k c D"]) -> Metric:
-        """The Hessian at `theta`; for softmax its diagonal blocks, one per class."""
-        predicted = link(problems.logits(theta) + problems.offset)
+    def hessian(
+        cls, problems: Problems, theta: Float[Tensor, "k c D"], families: Int[Tensor, " k"]
+    ) -> Metric:
+        """The Hessian at `theta`, its mean over a family; for softmax a diagonal block per class.
+
+        Problems that differ in the items left out have nearly the same Hessian, and a Hessian costs
+        as much as D / 4 iterations of one problem.
+        """
+        n_classes = theta.shape[1]
+        _, family, counts = families.unique(return_inverse=True, return_counts=True)
+        predicted = link(problems.logits(theta))
         curvature = predicted * (1 - predicted) * problems.weights[:, None]
-        k, c, _ = curvature.shape
-        grams = _grams(problems.design, rearrange(curvature, "k c n -> (k c) n"))
-        inverse = _inverses(grams, problems.penalty[:, 0].repeat_interleave(c, 0))
-        group = torch.arange(k * c, device=theta.device).view(k, c)
+        curvature = _family_means(curvature, family, counts)
+        penalty = _family_means(problems.penalty, family, counts)
+        grams = _grams(problems.design, rearrange(curvature, "f c n -> (f c) n"))
+        inverse = _inverses(grams, penalty[:, 0].repeat_interleave(n_classes, 0))
+        group = family[:, None] * n_classes + torch.arange(n_classes, device=theta.device)
         return cls(inverse, group, torch.ones_like(theta[:, 0, 0]))
 
     def solve(self, gradient: Float[Tensor, "k c D"]) -> Float[Tensor, "k c D"]:
@@ -135,9 +157,24 @@ class Metric:
         return replace(self, inverse=self.inverse.to(dtype), size=self.size.to(dtype))
 
 
+def _family_means(
+    values: Float[Tensor, "k ..."], family: Int[Tensor, " k"], counts: Int[Tensor, " f"]
+) -> Float[Tensor, "f ..."]:
+    sums = values.new_zeros(len(counts), *values.shape[1:]).index_add_(0, family, values)
+    return sums / counts.view(-1, *[1] * (values.ndim - 1))
+
+
 def _grams(design: Float[Tensor, "n D"], weights: Float[Tensor, "g n"]) -> Float[Tensor, "g D D"]:
     # A loop: one batched product would first write g scaled copies of the design to memory.
-    return torch.stack([(design * row[:, None]).T @ design for row in weights])
+    grams = design.new_empty(len(weights), design.shape[1], design.shape[1])
+    for gram, row in zip(grams, weights, strict=True):
+        scaled = design * row.sqrt()[:, None]
+        if design.device.type == "cpu":
+            # numpy sees that the factors are one matrix and computes half of the product (syrk).
+            gram[:] = torch.from_numpy(scaled.numpy().T @ scaled.numpy())
+        else:
+            torch.mm(scaled.T, scaled, out=gram)
+    return grams
 
 
 def _inverses(
@@ -197,27 +234,32 @@ def minimise(
     """Preconditioned L-BFGS with Armijo's line search; every problem has its own memory and
     step length.
 
-    A problem leaves the batch when its certificate is at most `tol` or no step decreases its loss.
-    The caller checks the certificates. Returns the parameters and the number of iterations.
+    A problem is done when its certificate is at most `tol` or no step decreases its loss. The
+    caller checks the certificates. Returns the parameters and the number of iterations.
     """
     solution, iteration = theta.clone(), 0
     active = torch.arange(len(theta), device=theta.device)
     rounding = 10 * torch.finfo(theta.dtype).eps
     memory = _Memory(metric)
-    z = problems.logits(theta) + problems.offset
+    z = problems.logits(theta)
     loss, gradient = problems.loss(z, theta), problems.gradient(z, theta)
-    stuck = torch.zeros_like(active, dtype=torch.bool)
+    done = stuck = torch.zeros_like(active, dtype=torch.bool)
     for iteration in range(max_iter + 1):
-        kept = ~stuck & (problems.certificate(gradient) > tol)
-        if iteration == max_iter or not kept.all():
-            solution[active] = theta
-            if iteration == max_iter or not kept.any():
-                break
+        ended = ~done & (stuck | (problems.certificate(gradient) <= tol))
+        if iteration == max_iter:
+            ended = ~done
+        solution[active[ended]] = theta[ended]
+        done = done | ended
+        if done.all():
+            break
+        if done.double().mean() >= _COMPACT:  # copying costs as much as it saves before
+            kept = ~done
             problems, active = problems.select(kept), active[kept]
             theta, z, loss, gradient = theta[kept], z[kept], loss[kept], gradient[kept]
+            done = done[kept]
             memory.select(kept)
         step = -memory.solve(gradient)
-        slope, z_step = _inner(gradient, step)[:, 0, 0], problems.logits(step)
+        slope, z_step = _inner(gradient, step)[:, 0, 0], problems.linear(step)
         length = torch.ones_like(loss)
         for _ in range(_MAX_HALVINGS):
             new_theta = theta + length[:, None, None] * step
@@ -225,7 +267,7 @@ def minimise(
             new_loss = problems.loss(new_z, new_theta)
             ceiling = loss + _SUFFICIENT_DECREASE * length * slope + rounding * loss.abs()
             stuck = ~(new_loss <= ceiling)
-            if not stuck.any():
+            if not (stuck & ~done).any():
                 break
             length = torch.where(stuck, 0.5 * length, length)
         new_gradient = problems.gradient(new_z, new_theta)

@@ -12,8 +12,9 @@ from scipy.special import expit, logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+import probes.logistic
 from mechinterp.errors import AnalysisError, ConvergenceError
-from probes.estimator import LogisticProbe
+from probes import LogisticProbe
 from probes.logistic import fit_logistic, fit_softmax
 
 
@@ -339,7 +340,7 @@ def test_softmax_refuses_what_has_no_optimum():
     torch.testing.assert_close(intercepts.softmax(0), targets[:, :4].mean(0), atol=1e-8, rtol=0)
 
 
-@parametrize_with_checks([LogisticProbe(tol=1e-10)])
+@parametrize_with_checks([LogisticProbe(), LogisticProbe(class_weight="balanced")])
 def test_scikit_learn_conventions(estimator, check):
     check(estimator)
 
@@ -348,7 +349,7 @@ def test_probe_equals_scikit_learn_with_names_for_classes_and_weights():
     X, y = classes()
     names = np.array(["ant", "bee", "cat", "dog"])[y]
     weights = np.random.default_rng(0).exponential(size=len(y))
-    probe = LogisticProbe(l2=0.5, tol=1e-10).fit(X.numpy(), names, sample_weight=weights)
+    probe = LogisticProbe(C=2, tol=1e-10).fit(X.numpy(), names, sample_weight=weights)
     expected = oracle(X, y, 0.5, weights)
     np.testing.assert_allclose(probe.coef_, expected.coef_, atol=1e-7)
     np.testing.assert_allclose(
@@ -356,3 +357,86 @@ def test_probe_equals_scikit_learn_with_names_for_classes_and_weights():
     )
     assert probe.score(X.numpy(), names) == expected.score(X.numpy(), y.numpy())
     assert probe.gradient_norm_ <= 1e-10
+
+
+@pytest.mark.parametrize("class_weight", [None, "balanced", {0: 3.0, 2: 0.5}])
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_class_weights_equal_scikit_learns(n_classes, class_weight):
+    X, y = classes(a=n_classes)
+    X, y = X.numpy(), np.where(y == 1, 1, np.minimum(y, n_classes - 1)).astype(int)
+    if isinstance(class_weight, dict):
+        class_weight = {value: weight for value, weight in class_weight.items() if value in set(y)}
+    weights = np.random.default_rng(0).exponential(size=len(y))
+    probe = LogisticProbe(C=0.3, class_weight=class_weight).fit(X, y, sample_weight=weights)
+    expected = LogisticRegression(
+        C=0.3, class_weight=class_weight, solver="newton-cholesky", tol=1e-12
+    ).fit(X, y, sample_weight=weights)
+    np.testing.assert_allclose(probe.coef_, expected.coef_, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_float32_reaches_its_tolerance(n_classes):
+    X, y = classes(n=600, a=n_classes)
+    probe = LogisticProbe(dtype="float32").fit(X.numpy(), y.numpy())
+    assert probe.coef_.dtype == np.float32
+    assert probe.gradient_norm_ <= 1e-5
+    np.testing.assert_allclose(probe.coef_, oracle(X, y, 1.0).coef_, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_fewer_items_than_features_work_in_their_span(n_classes, monkeypatch):
+    X, y = classes(n=60, d=200, a=n_classes)
+    X = X + 5  # so that the mean is no small part of the span
+    sizes = []
+    original = probes.logistic._descend
+    monkeypatch.setattr(
+        "probes.logistic._descend",
+        lambda *args: sizes.append(args[0].design.shape) or original(*args),
+    )
+    probe = LogisticProbe(C=0.1).fit(X.numpy(), y.numpy())
+    assert sizes == [(60, 61)]
+    expected = oracle(X, y, 10.0)
+    np.testing.assert_allclose(probe.coef_, expected.coef_, atol=1e-6)
+    z = X.numpy() @ probe.coef_.T + probe.intercept_  # the certificate bounds the true gradient
+    p = np.stack([-z[:, 0], z[:, 0]], 1) if n_classes == 2 else z
+    p = np.exp(p - logsumexp(p, axis=1, keepdims=True)) if n_classes > 2 else expit(p)
+    residual = (p - np.eye(n_classes)[y])[:, -len(probe.coef_) :]
+    gradient = residual.T @ X.numpy() + 10.0 * probe.coef_
+    assert np.abs(gradient).max() / 60 <= probe.gradient_norm_ * 1.01 + 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(12, 120),
+    d=st.integers(1, 40),
+    n_classes=st.integers(2, 10),
+    kind=st.sampled_from(["plain", "separable", "constant column", "imbalanced", "weights"]),
+    single=st.booleans(),
+    C=st.floats(1e-3, 10),
+    seed=st.integers(0, 10**6),
+)
+def test_same_optimum_as_scikit_learn(n, d, n_classes, kind, single, C, seed):
+    """The objective within 1e-6, coefficients within 1e-4 of float64 at tolerance 1e-10."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) / d**0.5 + rng.normal(size=d)
+    z = X @ rng.normal(size=(d, n_classes))
+    y = (z if kind == "separable" else z + rng.gumbel(size=z.shape)).argmax(1)
+    if kind == "imbalanced":
+        y = np.where(np.arange(n) < 2, 1, 0)
+    y[:2] = [0, 1]
+    if kind == "constant column":
+        X[:, 0] = 3.0
+    X = X.astype(np.float32) if single else X
+    weights = rng.exponential(size=n) if kind == "weights" else np.ones(n)
+    probe = LogisticProbe(C=C).fit(X, y, sample_weight=weights)
+    expected = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    expected.fit(X.astype(float), y, sample_weight=weights)
+
+    def objective(model):
+        log_p = model.predict_log_proba(X.astype(float))
+        index = np.searchsorted(model.classes_, y)
+        loss = -(weights * log_p[np.arange(n), index]).sum()
+        return loss + np.square(model.coef_).sum() / (2 * C)
+
+    np.testing.assert_allclose(objective(probe), objective(expected), rtol=1e-6)
+    np.testing.assert_allclose(probe.coef_, expected.coef_, atol=1e-4)

@@ -27,6 +27,7 @@ from mechinterp.patching.circuits import (
 from mechinterp.patching.edge_attribution import attribute_edges
 from mechinterp.patching.edge_attribution_result import EdgeAttribution
 from mechinterp.patching.metrics import action_log_odds
+from mechinterp.randomness import derive_generator
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Task
 
@@ -35,11 +36,17 @@ N_RANDOM = 3
 
 
 def score_edges(model: HookedModel, task: Task, *, spec: AnalysisSpec) -> EdgeAttribution:
-    """Every edge's estimated effect, per item, on the task's counterfactual pairs."""
+    """Every edge's estimated effect, per item, on the task's counterfactual pairs, and how far the
+    estimates agree with exact patches of a few edges."""
     check_fits(model, task)
     prompts = _prompts(task, spec)
     return attribute_edges(
-        model, **prompts, method="EAP-IG-inputs", n_steps=spec.circuit_steps, per_item=True
+        model,
+        **prompts,
+        method="EAP-IG-inputs",
+        n_steps=spec.circuit_steps,
+        per_item=True,
+        generator=derive_generator(spec.seed, "trust in edges"),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -416,6 +417,7 @@ def test_the_model_is_left_as_it_was():
         ({"n_steps": 0}, "n_steps: expected at least 1"),
         ({"path": "weights"}, "path: expected"),
         ({"n_steps": 2, "path": "activations", "grad_drop": True}, "go with 'inputs'"),
+        ({"n_exact": -1}, "n_exact: expected at least 0, got -1"),
         ({"decision": 6}, "decision: expected one position"),
         ({"attention_mask": torch.ones(3, 5).long()}, "attention_mask: expected shape"),
     ],
@@ -479,7 +481,7 @@ def test_screened_cells_are_patched_exactly(family, grain, by_position):
     np.testing.assert_allclose(table["effect"], found.effect.mean(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("grain", ["resid_pre", "k", "head"])
+@pytest.mark.parametrize("grain", ["resid_pre", "k", "head", "pattern"])
 def test_screening_everything_is_the_exact_sweep(grain):
     hooked, prompts = model("llama"), pairs()
     found = screen(hooked, **prompts, grain=grain, metric=METRIC, top_k=1000)
@@ -549,24 +551,52 @@ def test_screening_other_options():
         top_k=3, grad_drop=True, direction="noising",
     )  # fmt: skip
     assert drop.attribution.method == "AtP + GradDrop"
-    with pytest.raises(AnalysisError, match="patterns are not patched"):
-        screen(model("llama"), **pairs(), grain="pattern", metric=METRIC)
+    with pytest.raises(AnalysisError, match="top_k: expected at least 1, got 0"):
+        screen(model("llama"), **pairs(), grain="head", metric=METRIC, top_k=0)
     same = {"clean": pairs()["clean"], "corrupt": pairs()["clean"]}
     empty = screen(model("llama"), **same, grain="head", metric=METRIC)
     assert empty.effect.shape == (N_ITEMS, 0)
     assert empty.trust.n_cells == 0
 
 
-def test_tables_carry_the_trust():
-    found = attribute(model("llama"), **pairs(), grain="k", metric=METRIC, by_position=True)
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("grain", ["resid_pre", "v", "pattern"])
+def test_every_map_says_how_far_it_agrees_with_exact_patches(grain, direction):
+    """Against a whole exact sweep: of all cells, and of the few that a generator draws."""
+    options = {**pairs(), "grain": grain, "metric": METRIC, "direction": direction}
+    found = attribute(model("llama"), **options, n_exact=1000)
+    exact = sweep(model("llama"), **options).mean
+    possible = found.changed.any(0)
+    x, y = found.mean[possible], exact[possible]
+    assert found.trust.n_exact == found.trust.n_cells == len(x)
+    assert found.trust.pearson == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-4)
+    assert found.trust.spearman == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-4)
+    assert np.isnan([found.trust.miss_rate, found.trust.miss_low]).all()  # nothing was selected
+    draw = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
+    few = [attribute(model("llama"), **options, n_exact=5, generator=g).trust for g in draw]
+    assert few[0].n_exact == 5
+    assert few[0].pearson == few[1].pearson != few[2].pearson
+
+
+def test_maps_tables_and_plots_carry_the_trust():
+    options = {**pairs(), "grain": "k", "metric": METRIC}
+    found = attribute(model("llama"), **options, by_position=True, n_exact=0)
     assert found.trust is None
+    assert "not compared with exact patches" in repr(found)
     table = found.to_table()
     assert list(table.columns[3:6]) == ["layer", "kv_head", "position"]
     assert len(table) == N_LAYERS * N_KV_HEADS * N_POSITIONS
     row = table.query("layer == 1 and kv_head == 0 and position == 5").iloc[0]
     assert row["effect"] == pytest.approx(float(found.effect[:, 1, 0, 5].mean()))
     assert np.isnan(row["spearman"])
-    screened = screen(model("llama"), **pairs(), grain="k", metric=METRIC, top_k=2)
+    assert row["n_exact"] == 0
+    found = attribute(model("llama"), **options)
+    assert found.to_table()["pearson"].iloc[0] == found.trust.pearson
+    says = f"Pearson {found.trust.pearson:.2f}, Spearman {found.trust.spearman:.2f}"
+    assert says in repr(found)
+    assert says in found.plot().get_title()
+    plt.close("all")
+    screened = screen(model("llama"), **options, top_k=2)
     assert screened.attribution.to_table()["spearman"].iloc[0] == screened.trust.spearman
 
 

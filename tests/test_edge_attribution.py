@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from plain_hooks import logits_by_hooks, site_by_hand
+from scipy import stats
 from tiny_models import (
     D_HEAD,
     D_MODEL,
@@ -27,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.attribution import attribute_grains
+from mechinterp.patching.circuits import edge_effects
 from mechinterp.patching.edge_attribution import METHODS, attribute_edges
 from mechinterp.patching.edge_screening import screen_edges
 from mechinterp.patching.gradients import path_points
@@ -506,6 +508,24 @@ def test_screened_edges_are_patched_exactly(family, direction):
     assert (found.trust.n_missed, found.trust.n_sampled) == (missed, 9)
 
 
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_scores_say_how_far_they_agree_with_exact_patches(direction):
+    hooked, pair = model("llama"), prompts()
+    options = {**pair, "metric": METRIC, "direction": direction}
+    found = attribute_edges(hooked, **options, n_exact=10**6)
+    exact = edge_effects(hooked, **options)
+    possible = found.scores.nan_to_num() != 0
+    x, y = found.scores[possible], exact[possible]
+    assert found.trust.n_exact == found.trust.n_cells == len(x)
+    assert found.trust.pearson == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-4)
+    assert found.trust.spearman == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-4)
+    few = attribute_edges(hooked, **options, n_exact=7, generator=torch.Generator().manual_seed(1))
+    assert few.trust.n_exact == 7
+    assert f"Pearson {few.trust.pearson:.2f}" in repr(few)
+    assert few.to_table()["n_exact"].tolist() == [7] * few.graph.n_edges
+    assert attribute_edges(hooked, **options, n_exact=0).trust is None
+
+
 def test_screening_of_edges_where_nothing_differs():
     same = {"clean": prompts()["clean"], "corrupt": prompts()["clean"]}
     found = screen_edges(model("llama"), **same, metric=METRIC)
@@ -540,8 +560,9 @@ def test_memory_does_not_grow_with_edges_times_tokens(method):
     n_steps = None if method == "EAP" else 2
     with _LargestTensor() as seen:
         attribute_edges(
-            hooked, clean=clean, corrupt=corrupt, metric=METRIC, method=method, n_steps=n_steps
-        )
+            hooked, clean=clean, corrupt=corrupt, metric=METRIC, method=method, n_steps=n_steps,
+            n_exact=0,
+        )  # fmt: skip
     # The writers' differences, or with two steps as rows the attention patterns.
     assert seen.largest <= max(len(graph.writers) * width, 2 * 4 * n_positions) * n_positions
     assert graph.n_edges * n_positions > 4 * seen.largest

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.patching.maps import PatchingMap
-from mechinterp.patching.trust import Trust, rank_cells
+from mechinterp.patching.trust import Trust, rank_cells, say_trust, trust_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ class Attribution(PatchingMap):
         effect: estimated change of the metric. With GradDrop magnitudes, which have no sign.
         changed: where the two runs' activations differ; elsewhere the effect is 0 for certain.
         corrupt_metric, clean_metric: of the unpatched runs.
-        trust: how far exact patches bear it out; None until measured (`screening.screen`).
+        trust: how far exact patches of some cells bear it out; None if none were asked for.
     """
 
     grain: str
@@ -48,6 +48,10 @@ class Attribution(PatchingMap):
         return "GradDrop" not in self.method
 
     @property
+    def title(self) -> str:
+        return f"{self.grain}, estimated: {say_trust(self.trust)}"
+
+    @property
     def values(self) -> Float[Tensor, " items layers *units"]:
         """The metric that each patch is estimated to leave."""
         return self.effect + self._per_item(self.baseline)
@@ -63,13 +67,12 @@ class Attribution(PatchingMap):
 
     def to_table(self) -> pd.DataFrame:
         """One row per cell: grain, direction, method, the axes, effect (mean over items), stderr
-        (of that mean), n_items, and how far the map can be trusted (NaN where not measured):
-        spearman, miss_rate."""
+        (of that mean), n_items, and of the whole map, as of `Trust`: pearson, spearman, miss_rate,
+        n_exact."""
         import pandas as pd
 
         shape = self.mean.shape
         index = np.indices(shape).reshape(len(shape), -1)
-        trust = self.trust
         return pd.DataFrame(
             {
                 "grain": self.grain,
@@ -79,7 +82,6 @@ class Attribution(PatchingMap):
                 "effect": self.mean.flatten().cpu().numpy(),
                 "stderr": self.stderr.flatten().cpu().numpy(),
                 "n_items": len(self.effect),
-                "spearman": float("nan") if trust is None else trust.spearman,
-                "miss_rate": float("nan") if trust is None else trust.miss_rate,
+                **trust_columns(self.trust),
             }
         )

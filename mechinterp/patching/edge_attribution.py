@@ -29,6 +29,7 @@ from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.interventions import Intervention
 from mechinterp.patching.edge_attribution_result import EdgeAttribution
+from mechinterp.patching.exact_edges import patch_some_edges
 from mechinterp.patching.gradients import (
     Gradients,
     LiveRun,
@@ -45,6 +46,8 @@ from mechinterp.patching.gradients import (
 )
 from mechinterp.patching.graph import Graph, Node
 from mechinterp.patching.metrics import Metric
+from mechinterp.patching.trust import N_EXACT, check_count
+from mechinterp.randomness import derive_generator
 from mechinterp.sites import Site
 
 METHODS = ("EAP", "EAP-IG-inputs", "EAP-IG-activations")
@@ -66,6 +69,8 @@ def attribute_edges(
     attention_mask: Int[Tensor, "items positions"] | None = None,
     decision: int | Int[Tensor, " items"] = -1,
     memory_mb: float | None = None,
+    n_exact: int = N_EXACT,
+    generator: torch.Generator | None = None,
 ) -> EdgeAttribution:
     """Attribution of every edge of the network's graph.
 
@@ -81,6 +86,9 @@ def attribute_edges(
         decision: the position whose logits the metric reads, for all items or per item.
         memory_mb: bound on the memory of one batch, approximately; None is a part of what is free.
             Where memory runs out all the same, batches are halved.
+        n_exact: how many edges, drawn at random among those whose score is not 0, are patched
+            exactly for `trust`; each costs about half a forward pass. 0 for scores alone.
+        generator: draws them; None draws the same ones every time.
 
     Raises:
         AnalysisError: the arguments do not fit together.
@@ -89,6 +97,7 @@ def attribute_edges(
         raise AnalysisError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if method == "EAP" and n_steps not in (None, 1):
         raise AnalysisError("n_steps: EAP has one; use EAP-IG-inputs or EAP-IG-activations")
+    check_count("n_exact", n_exact)
     n_steps = 1 if method == "EAP" else 5 if n_steps is None else n_steps
     pairs = make_pairs(
         model,
@@ -115,7 +124,7 @@ def attribute_edges(
     absent = ~task.graph.mask.to(model.device)
     scores = torch.stack(totals).sum(0) / len(pairs)
     parts = scores.masked_fill(absent[..., None], torch.nan) if by_position else None
-    return EdgeAttribution(
+    found = EdgeAttribution(
         graph=task.graph,
         method=method,
         n_steps=n_steps,
@@ -126,6 +135,20 @@ def attribute_edges(
         corrupt_metric=base_metric if direction == "denoising" else source_metric,
         clean_metric=source_metric if direction == "denoising" else base_metric,
     )
+    if n_exact == 0:
+        return found
+    return patch_some_edges(
+        model,
+        found,
+        clean=clean,
+        corrupt=corrupt,
+        metric=metric,
+        n_sampled=n_exact,
+        generator=generator or derive_generator(0, "trust", "edges"),
+        attention_mask=attention_mask,
+        decision=decision,
+        memory_mb=memory_mb,
+    ).attribution
 
 
 @dataclass(frozen=True)

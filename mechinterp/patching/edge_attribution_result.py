@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.patching.graph import Graph, Node
-from mechinterp.patching.trust import Trust, rank_cells
+from mechinterp.patching.trust import Trust, rank_cells, say_trust, trust_columns
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EdgeAttribution:
     """Estimated effects of exchanging single edges.
 
@@ -28,8 +28,7 @@ class EdgeAttribution:
         item_scores: the same per item, if asked for.
         position_scores: what each position contributes to `scores`, if asked for.
         corrupt_metric, clean_metric: of the unpatched runs.
-        trust: how far exact patches of single edges bear the scores out; None until measured
-            (`mechinterp.patching.edge_screening.screen_edges`).
+        trust: how far exact patches of some edges bear the scores out; None if none were asked for.
     """
 
     graph: Graph
@@ -42,6 +41,10 @@ class EdgeAttribution:
     corrupt_metric: Float[Tensor, " items"]
     clean_metric: Float[Tensor, " items"]
     trust: Trust | None = None
+
+    def __repr__(self) -> str:
+        title = f"{self.method}, {self.direction}: {say_trust(self.trust)}"
+        return f"EdgeAttribution({title}; {self.graph.n_edges} edges)"
 
     @property
     def writer_scores(self) -> Float[Tensor, " writers"]:
@@ -57,8 +60,9 @@ class EdgeAttribution:
         ]
 
     def to_table(self) -> pd.DataFrame:
-        """One row per edge: writer, reader (as strings), score, and stderr over items (NaN without
-        item_scores)."""
+        """One row per edge: writer, reader (as strings), score, stderr over items (NaN without
+        item_scores), and of all edges together, as of `Trust`: pearson, spearman, miss_rate,
+        n_exact."""
         import pandas as pd
 
         mask = self.graph.mask.to(self.scores.device)
@@ -72,5 +76,6 @@ class EdgeAttribution:
                 "reader": [str(reader) for _, reader in edges],
                 "score": self.scores[mask].cpu().numpy(),
                 "stderr": errors[mask].cpu().numpy(),
+                **trust_columns(self.trust),
             }
         )

@@ -51,7 +51,7 @@ def screen_edges(
         "decision": decision,
         "memory_mb": memory_mb,
     }
-    found = attribute_edges(model, method=method, **prompts, **options)
+    found = attribute_edges(model, method=method, n_exact=0, **prompts, **options)
     return patch_some_edges(
         model,
         found,

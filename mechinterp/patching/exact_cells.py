@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -87,7 +87,9 @@ def patch_some(
     cells, selected, n_cells = choose_cells(
         found.size, top_k=top_k, n_sampled=n_sampled, generator=generator
     )
-    effect = patch_cells(model, grain=found.grain, cells=cells, **prompts)
+    effect = patch_cells(
+        model, grain=found.grain, cells=cells, direction=found.direction, **prompts
+    )
     trust = measure_trust(
         found.mean[tuple(cells.unbind(1))],
         effect.mean(0),
@@ -149,20 +151,26 @@ def _patch(
     rows: int,
 ) -> Float[Tensor, "items cells"]:
     layers: Sequence[int] = cells[:, 0].unique().tolist()
-    sites = {layer: Site(grain, layer) for layer in layers}
+    written = "head" if grain == "pattern" else grain
+    sites = {layer: Site(written, layer) for layer in layers}
     entering = {layer: Site("resid_pre", layer) for layer in layers}
     last = Site("resid_post", model.n_layers - 1)
     mask = pairs.attention_mask
-    own = model.capture(pairs.base, {*entering.values(), last}, attention_mask=mask)
-    given = giver.capture(pairs.source, sites.values(), attention_mask=mask)
+    values = {Site("v", layer) for layer in layers if grain == "pattern"}
+    own = model.capture(pairs.base, {*entering.values(), *values, last}, attention_mask=mask)
+    given = giver.capture(
+        pairs.source, [Site(grain, layer) for layer in layers], attention_mask=mask
+    )
     base = pairs.score(model, own[last])
     effects = base.new_empty(len(pairs), len(cells))
     size = max(1, rows // len(pairs))
     for layer in layers:
-        new = given[sites[layer]].to(own[last])
+        new = given[Site(grain, layer)].to(own[last])
+        if grain == "pattern":  # it acts through the outputs that it gives its head
+            new = _head_outputs(new, own[Site("v", layer)])
         for some in (cells[:, 0] == layer).nonzero()[:, 0].split(size):
             items = repeat_rows(len(pairs), len(some), model.device)
-            where = _where(grain, cells[some, 1:].repeat_interleave(len(pairs), 0), new.shape)
+            where = _where(written, cells[some, 1:].repeat_interleave(len(pairs), 0), new.shape)
             value = new[items]
 
             def write(old: Tensor, where: Tensor = where, value: Tensor = value) -> Tensor:
@@ -178,6 +186,15 @@ def _patch(
             score = pairs.select(items).score(model, final)
             effects[:, some] = rearrange(score, "(c i) -> i c", c=len(some)) - base[:, None]
     return effects
+
+
+def _head_outputs(
+    pattern: Float[Tensor, "items heads query key"],
+    values: Float[Tensor, "items key kv_heads d_head"],
+) -> Float[Tensor, "items query heads d_head"]:
+    group = pattern.shape[1] // values.shape[2]
+    values = values.repeat_interleave(group, dim=2)
+    return einsum(pattern, values, "i h query key, i key h d -> i query h d")
 
 
 def _where(

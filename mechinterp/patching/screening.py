@@ -13,7 +13,6 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.attribution import attribute
 from mechinterp.patching.exact_cells import Screening, patch_some
@@ -48,25 +47,28 @@ def screen(
     remaining `options` say how to estimate; `seed` draws the sample.
 
     Raises:
-        AnalysisError: the arguments do not fit together; patterns, which cannot be patched.
+        AnalysisError: the arguments do not fit together.
     """
-    if grain == "pattern":
-        raise AnalysisError(
-            "grain: attention patterns are not patched exactly; screen q, k or head"
-        )
     check_count("top_k", top_k, least=1)
     check_count("n_sampled", n_sampled)
     prompts = {
         "clean": clean,
         "corrupt": corrupt,
         "metric": metric,
-        "direction": direction,
         "source": source,
         "attention_mask": attention_mask,
         "decision": decision,
         "memory_mb": memory_mb,
     }
-    found = attribute(model, grain=grain, by_position=by_position, **prompts, **options)
+    found = attribute(
+        model,
+        grain=grain,
+        by_position=by_position,
+        direction=direction,
+        n_exact=0,
+        **prompts,
+        **options,
+    )
     return patch_some(
         model,
         found,

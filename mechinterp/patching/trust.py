@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mechinterp.patching.attribution_result import Attribution
     from mechinterp.patching.edge_attribution_result import EdgeAttribution
 
+N_EXACT = 32  # cells patched exactly beside every estimate: a correlation of .7 is known to +- .2
+
 
 @dataclass(frozen=True)
 class Trust:
@@ -23,13 +25,15 @@ class Trust:
 
     Attributes:
         spearman, kendall, pearson: agreement of estimated and exact mean effects (magnitudes, where
-            the estimate has no sign) over the selected cells and the sample; NaN below 3 cells.
+            the estimate has no sign) over the selected cells and the sample; NaN below 3 cells or
+            where all are equal.
         sample_pearson: the same on the sample alone, which the estimate did not choose.
         n_cells: how many cells there are whose activations differ between the runs.
         n_selected, n_sampled: how many of them were patched exactly: the top, and others at random.
         n_missed: sampled cells whose exact effect is larger in magnitude than the smallest exact
             effect of a selected one.
-        miss_rate, miss_low, miss_high: n_missed / n_sampled with its Clopper-Pearson interval.
+        miss_rate, miss_low, miss_high: n_missed / n_sampled with its Clopper-Pearson interval; NaN
+            where none were selected.
     """
 
     spearman: float
@@ -45,13 +49,40 @@ class Trust:
     miss_high: float
     level: float = 0.95
 
-    def __str__(self) -> str:
+    @property
+    def n_exact(self) -> int:
+        """How many cells it rests on."""
+        return self.n_selected + self.n_sampled
+
+    @property
+    def summary(self) -> str:
+        """The agreement in a few words."""
         return (
-            f"Spearman {self.spearman:.2f}, Kendall {self.kendall:.2f}, Pearson {self.pearson:.2f} "
-            f"on {self.n_selected + self.n_sampled} of {self.n_cells} cells; missed "
-            f"{self.n_missed} of {self.n_sampled} sampled ({self.miss_rate:.0%}, {self.level:.0%} "
-            f"interval {self.miss_low:.0%} to {self.miss_high:.0%})"
+            f"Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f} with exact patches of "
+            f"{self.n_exact} of {self.n_cells} cells"
         )
+
+    def __str__(self) -> str:
+        if not self.n_selected:
+            return self.summary
+        return (
+            f"{self.summary}; missed {self.n_missed} of {self.n_sampled} sampled "
+            f"({self.miss_rate:.0%}, {self.level:.0%} interval {self.miss_low:.0%} to "
+            f"{self.miss_high:.0%})"
+        )
+
+
+def say_trust(trust: Trust | None) -> str:
+    """What a map is headed with."""
+    return "not compared with exact patches" if trust is None else trust.summary
+
+
+def trust_columns(trust: Trust | None) -> dict[str, float | int]:
+    """What every row of a map's table says of the map; NaN where nothing was patched exactly."""
+    if trust is None:
+        return {"pearson": np.nan, "spearman": np.nan, "miss_rate": np.nan, "n_exact": 0}
+    names = ("pearson", "spearman", "miss_rate", "n_exact")
+    return {name: getattr(trust, name) for name in names}
 
 
 class Screened:
@@ -128,8 +159,8 @@ def measure_trust(
     chosen = selected.cpu().numpy()
     sampled = np.abs(y[~chosen])
     n_missed = int((sampled > np.abs(y[chosen]).min()).sum()) if chosen.any() else 0
-    interval = (0.0, 1.0)
-    if len(sampled):
+    interval = (np.nan, np.nan)
+    if len(sampled) and chosen.any():
         proportion = stats.binomtest(n_missed, len(sampled)).proportion_ci(level, method="exact")
         interval = (float(proportion.low), float(proportion.high))
     if not signed:
@@ -149,7 +180,7 @@ def measure_trust(
         n_selected=int(chosen.sum()),
         n_sampled=len(sampled),
         n_missed=n_missed,
-        miss_rate=n_missed / len(sampled) if len(sampled) else float("nan"),
+        miss_rate=n_missed / len(sampled) if len(sampled) and chosen.any() else np.nan,
         miss_low=interval[0],
         miss_high=interval[1],
         level=level,

@@ -2,34 +2,100 @@
 
 Counterfactual pairs differ in one latent. The metric is the log-odds of the right action; recovery
 is the share of the gap between the two prompts that a patch closes (denoising), averaged over pairs
-by what stands at the position. The maps of two checkpoints are compared cell by cell.
+by what stands at the position. The maps of two checkpoints are compared cell by cell, on the same
+pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from analyses.pair import Pair, run_script
 from analyses.streams import check_fits
 from mechinterp.hooked import HookedModel
+from mechinterp.patching.inference import infer_map
 from mechinterp.patching.metrics import action_log_odds
-from mechinterp.patching.result import PatchingResult, by_role
+from mechinterp.patching.result import (
+    PatchingResult,
+    average_by_role,
+    mean_and_stderr,
+    recovery_contributions,
+)
 from mechinterp.patching.sweeps import sweep_many
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import CounterfactualPairs, Task
 
-COLUMNS = ["grain", "layer", "unit", "latent", "recovery", "stderr", "n_items", "method"]
+# Fewer than the defaults: a study has many maps, each with one for every latent.
+RESAMPLING = {"n_flips": 10_000, "n_resamples": 2_000}
+
+
+@dataclass(frozen=True)
+class RecoveryMap:
+    """One grain's map for the pairs that differ in `latent`, or for "all".
+
+    `contributions` average to the recovery; NaN where a pair has no such unit.
+    """
+
+    grain: str
+    latent: str
+    method: str
+    layers: np.ndarray
+    units: np.ndarray  # of str: a role such as "changed value", or a head
+    groups: Tensor
+    contributions: Float[Tensor, "pairs layers units"]
+
+    def change_to(self, after: RecoveryMap) -> RecoveryMap:
+        """Recovery in `after`, a map of the same pairs, less that in this one."""
+        change = after.contributions - self.contributions
+        return RecoveryMap(**{**vars(self), "contributions": change})
+
+    def to_table(self) -> pd.DataFrame:
+        """One row per cell: see `measure_recovery`."""
+        found = infer_map(self.contributions, groups=self.groups, **RESAMPLING)
+        mean, stderr, n_items = mean_and_stderr(self.contributions)
+        layer, unit = np.meshgrid(self.layers, self.units, indexing="ij")
+        cells = {
+            "recovery": mean,
+            "stderr": stderr,
+            "n_items": n_items,
+            **{name: getattr(found, name) for name in ("low", "high", "p", "q")},
+        }
+        return pd.DataFrame(
+            {
+                "grain": self.grain,
+                "layer": layer.ravel(),
+                "unit": unit.ravel(),
+                "latent": self.latent,
+                **{name: values.flatten().numpy() for name, values in cells.items()},
+                "method": self.method,
+            }
+        )
 
 
 def measure_recovery(
     model: HookedModel, task: Task, *, spec: AnalysisSpec, pairs: CounterfactualPairs | None = None
 ) -> pd.DataFrame:
-    """Recovery by grain, layer and unit (a role such as "changed value", or a head).
+    """Recovery by grain, latent, layer and unit (a role such as "changed value", or a head).
 
-    `recovery` is the ratio of mean effect to mean gap, `stderr` its delta-method error over pairs;
+    `recovery` is the ratio of mean effect to mean gap, `stderr` its delta-method error over pairs,
+    `low` and `high` its 95% bootstrap-t interval over groups of pairs; `p` is of no recovery (sign
+    flips) and `q` the same with false discoveries controlled over the cells of one grain's map;
     `latent` is "all" or the one in which the pairs of that row differ.
     """
+    return _tabulate(recovery_maps(model, task, spec=spec, pairs=pairs))
+
+
+def recovery_maps(
+    model: HookedModel, task: Task, *, spec: AnalysisSpec, pairs: CounterfactualPairs | None = None
+) -> dict[tuple[str, str], RecoveryMap]:
+    """By grain and latent; `pairs` default to the task's."""
     check_fits(model, task)
     if pairs is None:
         pairs = task.counterfactual_pairs(spec.patch_pairs, seed=spec.seed)
@@ -41,41 +107,54 @@ def measure_recovery(
         grains=spec.patch_grains,
         metrics={"": metric},
     )
-    tables = []
+    maps = {}
     for result in results.values():
         for latent in ("all", *np.unique(pairs.latent)):
             rows = np.flatnonzero((pairs.latent == latent) | (latent == "all"))
-            table = _summarise(result.select(rows), pairs.roles[rows])
-            tables.append(table.assign(latent=latent, method=result.method))
-    return pd.concat(tables, ignore_index=True).loc[:, COLUMNS]
+            part = result.select(rows)
+            units, effect = _by_unit(part, pairs.roles[rows])
+            maps[result.grain, str(latent)] = RecoveryMap(
+                grain=result.grain,
+                latent=str(latent),
+                method=result.method,
+                layers=result.labels("layer"),
+                units=units,
+                groups=pairs.clean.groups[torch.as_tensor(rows)],
+                contributions=recovery_contributions(effect.double(), part.gap.double().cpu()),
+            )
+    return maps
 
 
-def _summarise(result: PatchingResult, roles: np.ndarray) -> pd.DataFrame:
-    """`unit` is a role of a position, or a name such as "head 3"."""
+def _by_unit(
+    result: PatchingResult, roles: np.ndarray
+) -> tuple[np.ndarray, Float[Tensor, "pairs layers units"]]:
+    """What is patched, a role of a position or a name such as "head 3", and the effects."""
     kind = result.axes[-1]
     if kind == "position":
-        table = by_role(result, roles).rename(columns={"role": "unit"})
-    else:
-        table = result.to_table()
-        table["unit"] = f"{kind} ".replace("_", " ") + table[kind].astype(str)
-    return table.drop(columns=["recovery", "stderr"]).rename(
-        columns={"pooled_recovery": "recovery", "pooled_stderr": "stderr"}
-    )
+        return average_by_role(result, roles, result.effect)
+    names = [f"{kind} {label}".replace("_", " ") for label in result.labels(kind)]
+    return np.array(names), result.effect.cpu()
+
+
+def _tabulate(maps: Mapping[tuple[str, str], RecoveryMap]) -> pd.DataFrame:
+    return pd.concat([each.to_table() for each in maps.values()], ignore_index=True)
 
 
 def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
-    """Table `patching`: the maps of "before" and of each other arm, beside each other."""
+    """Table `patching`: the maps of "before" and of each other arm beside each other, and the
+    "change" between them, pair by pair."""
     maps = {
-        arm: measure_recovery(pair.models[arm], pair.task, spec=pair.spec) for arm in pair.models
+        arm: recovery_maps(model, pair.task, spec=pair.spec) for arm, model in pair.models.items()
     }
-    if set(maps) == {"before"}:
-        return {"patching": pair.join({"before": maps["before"].assign(checkpoint="after")})}
+    before = maps.pop("before")
+    if not maps:
+        return {"patching": pair.join({"before": _tabulate(before).assign(checkpoint="after")})}
     parts = []
-    for arm in maps:
-        if arm != "before":
-            both = {"before": maps["before"], "after": maps[arm]}
-            joined = pd.concat([table.assign(checkpoint=name) for name, table in both.items()])
-            parts.append(pair.join({arm: joined}))
+    for arm, after in maps.items():
+        change = {key: before[key].change_to(after[key]) for key in before}
+        each = {"before": before, "after": after, "change": change}
+        joined = pd.concat([_tabulate(m).assign(checkpoint=name) for name, m in each.items()])
+        parts.append(pair.join({arm: joined}))
     return {"patching": pd.concat(parts, ignore_index=True)}
 
 

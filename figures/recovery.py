@@ -33,15 +33,17 @@ CAPTION = (
     "activation of the corrupt prompt is replaced by that of the clean prompt (0: nothing "
     "recovered, 1: all), by what stands at the position (rows; “changed” is what the two prompts "
     "differ in) and layer (columns); for heads, all positions at once. Before, after, and after − "
-    "before. Means over pairs and seeds; dots mark differences whose 95% t interval over seeds "
-    "excludes zero, not corrected for the number of cells."
+    "before. Means over pairs and seeds. Crosses: not distinguishable from zero at a false "
+    "discovery rate of 5% over the cells of a map (Benjamini-Hochberg; with several seeds from t "
+    "tests over seeds, with one from sign flips over pairs)."
 )
 NEEDS = {
     "patching": (
         *("task", "regime", "arm", "seed", "step", "checkpoint"),
-        *("grain", "layer", "unit", "latent", "recovery"),
+        *("grain", "layer", "unit", "latent", "recovery", "q"),
     )
 }
+FALSE_DISCOVERY_RATE = 0.05
 GRAINS = {
     "resid_pre": "residual stream",
     "resid_mid": "residual stream (mid-block)",
@@ -108,22 +110,43 @@ def draw(
     style.letter_panels(axes)
     changes = [each.get("change", each["after"]) for each in maps]
     note = f"{style.setting_line(task, regime)}. {style.seeds(*changes)}"
-    if any(np.isfinite(change["low"]).any() for change in changes):
-        note += "; dots: the change's 95% t interval over seeds excludes zero"
+    note += "; crosses: not distinguishable from zero (false discovery rate 5% over the map)"
     style.legend(figure, [], f"{note}.")
     return figure
 
 
 def _maps(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Recovery per unit and layer after, and where it was measured, before, with the change."""
+    """Recovery per unit and layer after, and where it was measured, before, with the change; each
+    with its q-values."""
     cell = ["unit", "layer"]
     per_seed = rows.pivot_table(
         index=[*cell, "seed"], columns="checkpoint", values="recovery", observed=True
     ).reset_index()
-    if "before" not in per_seed:
-        return {"after": over_seeds(per_seed, cell, "after")}
-    per_seed["change"] = per_seed["after"] - per_seed["before"]
-    return {name: over_seeds(per_seed, cell, name) for name in ("before", "after", "change")}
+    names = ["after"]
+    if "before" in per_seed:
+        names = ["before", "after", "change"]
+        per_seed["change"] = per_seed["after"] - per_seed["before"]
+    return {
+        name: _with_q(over_seeds(per_seed, cell, name), where(rows, checkpoint=name))
+        for name in names
+    }
+
+
+def _with_q(summary: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The means with q-values over the map: the table's own for one seed, else of t over seeds."""
+    from scipy.special import stdtr, stdtrit
+
+    from mechinterp.patching.inference import adjust_false_discovery
+
+    n = summary["n_seeds"].to_numpy()
+    if n.max() == 1:
+        return summary.merge(rows[["unit", "layer", "q"]], on=["unit", "layer"], how="left")
+    mean = summary["mean"].to_numpy()
+    error = (summary["high"].to_numpy() - mean) / stdtrit(np.maximum(n - 1, 1), 0.975)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * stdtr(np.maximum(n - 1, 1), -np.abs(mean / error))
+    p[(mean == 0) & (error == 0)] = 1.0
+    return summary.assign(q=adjust_false_discovery(p))
 
 
 def _row(figure: Figure, panels: np.ndarray, maps: dict[str, pd.DataFrame], height: int) -> None:
@@ -151,12 +174,11 @@ def _row(figure: Figure, panels: np.ndarray, maps: dict[str, pd.DataFrame], heig
         ax.tick_params(length=0)
         layer_axis(ax, len(field.columns) - 1)
     panels[0].set_yticks(range(len(units)), [style.wrap(unit, 30) for unit in units])
-    if "change" in maps:
-        change = maps["change"]
-        sure = change[(change["low"] > 0) | (change["high"] < 0)]
-        x = [fields["change"].columns.get_loc(layer) for layer in sure["layer"]]
-        y = [units.index(unit) for unit in sure["unit"]]
-        panels[2].plot(x, y, "o", color="black", ms=2, mec="white", mew=0.4)
+    for ax, (name, summary) in zip(panels, maps.items(), strict=True):
+        unsure = summary[summary["q"] > FALSE_DISCOVERY_RATE]
+        x = [fields[name].columns.get_loc(layer) for layer in unsure["layer"]]
+        y = [units.index(unit) for unit in unsure["unit"]]
+        ax.plot(x, y, "x", color=style.GREY, ms=1.8, mew=0.5)
 
 
 if __name__ == "__main__":

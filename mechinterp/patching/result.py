@@ -85,7 +85,7 @@ class PatchingResult(PatchingMap):
         """One row per cell of `effect`, whose axes after item are `labels`."""
         effect, normalized = effect.double().cpu(), normalized.double().cpu()
         pooled, pooled_stderr = pooled_recovery(effect, self.gap.double().cpu())
-        mean, stderr, n_items = _mean_and_stderr(normalized)
+        mean, stderr, n_items = mean_and_stderr(normalized)
         grid = np.meshgrid(*labels.values(), indexing="ij")
         return pd.DataFrame(
             {
@@ -190,6 +190,15 @@ def pooled_recovery(
     opposite directions do not cancel. NaN effects drop their item; NaN where the mean |gap| is
     below MIN_GAP or, for the standard error, with a single item.
     """
+    mean, stderr, _ = mean_and_stderr(recovery_contributions(effect, gap))
+    return mean, stderr
+
+
+def recovery_contributions(
+    effect: Float[Tensor, "items *cells"], gap: Float[Tensor, " items"]
+) -> Float[Tensor, "items *cells"]:
+    """What each item contributes to `pooled_recovery`: numbers whose mean is the ratio and whose
+    standard error is its delta-method one, for the tests of `mechinterp.patching.inference`."""
     gap = gap.reshape(-1, *[1] * (effect.ndim - 1))
     oriented = effect * gap.sign()
     present = ~oriented.isnan()
@@ -198,12 +207,10 @@ def pooled_recovery(
     mean_size = size.sum(0) / n
     mean_size = torch.where(mean_size < MIN_GAP, torch.nan, mean_size)
     ratio = oriented.nansum(0) / n / mean_size
-    residual = torch.where(present, oriented - ratio * size, 0.0)
-    variance = residual.square().sum(0) / (n * (n - 1))  # n == 1: 0 / 0 = NaN
-    return ratio, variance.sqrt() / mean_size
+    return ratio + (oriented - ratio * size) / mean_size
 
 
-def _mean_and_stderr(
+def mean_and_stderr(
     values: Float[Tensor, "items *cells"],
 ) -> tuple[Float[Tensor, " *cells"], Float[Tensor, " *cells"], Int[Tensor, " *cells"]]:
     """Mean, standard error and count over the items that are not NaN."""

@@ -77,7 +77,7 @@ def measure_crossing(
     shifts = {name: action_shift(model, len(task.actions)) for name, model in models.items()}
     rows = []
     for cost, utility in costs.items():
-        scale = _scale(target, utility)
+        scale = value_scale(target, utility)
         weights = decisions.action_weights(items.labels, utility)
 
         def value(
@@ -183,7 +183,7 @@ def _values(
     return {(c, name): getattr(value, c) for name, value in values.items() for c in CURRENCIES}
 
 
-def _scale(target: decisions.Target, utility: decisions.Utility) -> dict[str, float]:
+def value_scale(target: decisions.Target, utility: decisions.Utility) -> dict[str, float]:
     """(oracle - best constant) per currency; certainty where no posterior is known."""
     if not target.is_floating_point():
         target = torch.nn.functional.one_hot(target, len(utility)).double()

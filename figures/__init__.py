@@ -26,6 +26,7 @@ NAMES = (
     "recovery",
     "cross_checkpoint",
     "crossing",
+    "grafts",
     "circuits",
     "calibration",
 )

@@ -133,6 +133,26 @@ def patch(
 
 
 @app.command()
+def grafts(
+    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    after: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    task: Task,
+    out: Out,
+    parts: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="component (heads, MLPs, norms, embeddings), sublayer or block. Default: the task "
+            "file's graft_parts."
+        ),
+    ] = None,
+    threads: Threads = 1,
+) -> None:
+    """Exchange the weights of one part at a time, both ways: which part carries the change?"""
+    changes = {"graft_parts": parts} if parts else None
+    _analyse("grafts", "grafts", before, after, None, task, out, threads, changes)
+
+
+@app.command()
 def circuits(
     before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
     task: Task,

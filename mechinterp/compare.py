@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from analyses.ladder import Ladder
     from analyses.pair import Pair
 
-ANALYSES = ("ladder", "calibration", "probes", "patching", "cross_checkpoint", "crossing")
+ANALYSES = ("ladder", "calibration", "probes", "patching", "cross_checkpoint", "crossing", "grafts")
 COMPONENTS = ("threshold", "readout", "discarded", "not_encoded", "not_combined")
 EVIDENCE = {
     "ladder": "tables/losses.parquet, figures/ladder",

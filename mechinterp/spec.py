@@ -81,6 +81,8 @@ class AnalysisSpec(StrictModel):
     circuit_steps: int = Field(5, ge=1)
     crossing_items: int = Field(6_000, ge=60)
     stitch_items: int = Field(1_000, ge=0)
+    graft_items: int = Field(1_000, ge=2)
+    graft_parts: Literal["component", "sublayer", "block"] = "component"
     calibration_bins: int = Field(10, ge=2)
     max_layers: int = Field(12, ge=2)
     batch_size: int = Field(512, ge=1)

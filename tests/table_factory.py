@@ -59,9 +59,11 @@ def study_tables(
     shown = [key for key in ends if key[2] in ("symmetric", "weighted_1.98") and key[3] == 0]
     rows = {
         "probes": (trained, _probes, (n_layers, latents, unneeded)),
+        "erasure": (shown, _erasure, (n_layers, latents, unneeded)),
         "patching": (ends, _patching, (n_layers, n_heads, latents, patched_roles)),
         "cross_checkpoint": (moved, _cross_checkpoint, (n_layers, roles)),
         "crossing": (moved, _crossing, (n_layers,)),
+        "grafts": (shown, _grafts, (n_layers, n_heads)),
         "calibration": ([key for key in keys if key[4] == last], _calibration, ()),
         "calibration_summary": ([key for key in keys if key[4] == last], _calibration_summary, ()),
         "circuit_edges": (shown, _circuit_edges, (n_layers, n_heads)),
@@ -110,6 +112,7 @@ def pair_tables(
             table["costs"] = "task"
         tables[name] = table.reset_index(drop=True)
     tables["crossing"]["null"] = False
+    tables["patching"] = _with_change(tables["patching"])
     losses = tables["losses"]
     # What `compare` meets most: a threshold that serves the costs before and after.
     cell = [*CELL[:-1], "arm"]
@@ -274,6 +277,7 @@ def _probes(task, regime, arm, seed, step, n_layers, latents, unneeded):
         auroc = float(np.clip(0.5 + height * depth**1.5 + _noise("auroc", *label), 0, 1))
         control = 0.5 + 0.03 * depth + _noise("control", *label, scale=0.005)
         rows = [
+            ("latent", "information", 2 * (auroc - 0.5)),
             ("latent", "auroc", auroc),
             ("latent", "accuracy", auroc - 0.05),
             ("latent", "selectivity", auroc - control),
@@ -281,10 +285,12 @@ def _probes(task, regime, arm, seed, step, n_layers, latents, unneeded):
         ]
         if step == 0:
             rows.append(("random_init", "auroc", 0.52 + _noise("floor", *label)))
+        if layer == 1:
+            rows += [("surface_bag", "auroc", 0.6), ("surface_token", "auroc", 0.5)]
         for kind, measure, value in rows:
             yield {
                 **_key(task, regime, arm, seed, step),
-                "layer": layer,
+                "layer": -1 if kind.startswith("surface") else layer,
                 "latent": latent,
                 "needed": needed,
                 "kind": kind,
@@ -293,8 +299,36 @@ def _probes(task, regime, arm, seed, step, n_layers, latents, unneeded):
             }
 
 
+def _erasure(task, regime, arm, seed, step, n_layers, latents, unneeded):
+    for layer, latent, (kind, draw), measure in itertools.product(
+        range(1, n_layers + 1),
+        (*latents, *unneeded),
+        (("latent", 0), ("control", 0), ("random", 0), ("random", 1)),
+        ("log_score", "auroc"),
+    ):
+        base = 0.9 if measure == "auroc" else -0.4
+        lost = 0.2 * layer * (latent in latents) * (kind == "latent")
+        lost = 0.35 * (kind == "latent") if measure == "auroc" else lost
+        lost += _noise("erasure", arm, layer, latent, kind, draw, measure)
+        yield {
+            **_key(task, regime, arm, seed, step),
+            "layer": layer,
+            "latent": latent,
+            "needed": latent in latents,
+            "kind": kind,
+            "draw": draw,
+            "measure": measure,
+            "value": base - lost,
+            "base": base,
+            "loss": lost,
+            "low": lost - 0.03,
+            "high": lost + 0.03,
+        }
+
+
 def _patching(task, regime, arm, seed, step, n_layers, n_heads, latents, roles):
     grains = ("resid_pre", "attn_out", "mlp_out", "head")
+    # The change is measured item by item for a pair; in a study it is taken over seeds.
     checkpoints = ("before", "after") if regime == "branched" else ("after",)
     for checkpoint, grain in itertools.product(checkpoints, grains):
         units = [f"head {h}" for h in range(n_heads)] if grain == "head" else roles
@@ -321,7 +355,28 @@ def _patching(task, regime, arm, seed, step, n_layers, n_heads, latents, roles):
                 "recovery": recovery + _noise(*label, scale=0.02),
                 "stderr": 0.02,
                 "n_items": 200,
+                "low": recovery - 0.04,
+                "high": recovery + 0.04,
+                "p": 0.001 if abs(recovery) > 0.05 else 0.6,
+                "q": 0.004 if abs(recovery) > 0.05 else 0.8,
             }
+
+
+def _with_change(patching):
+    """What a pair's table has beside the maps of its checkpoints."""
+    cell = ["grain", "layer", "unit", "latent"]
+    before, after = (
+        patching[patching["checkpoint"] == name].set_index(cell) for name in ("before", "after")
+    )
+    change = after["recovery"] - before["recovery"].reindex(after.index)
+    rows = after.assign(
+        checkpoint="change",
+        recovery=change,
+        low=change - 0.05,
+        high=change + 0.05,
+        q=np.where(change.abs() > 0.05, 0.01, 0.9),
+    )
+    return pd.concat([patching, rows.reset_index()[patching.columns]], ignore_index=True)
 
 
 def _cross_checkpoint(task, regime, arm, seed, step, n_layers, roles):
@@ -384,6 +439,37 @@ def _crossing(task, regime, arm, seed, step, n_layers):
             "shares_valid": bool(abs(interaction) < max(abs(u_bb - u_aa) / 2, 0.05)),
             "null": null,
             "verdict_cut": cut == max(1, round(0.6 * n_layers)),
+        }
+
+
+def _grafts(task, regime, arm, seed, step, n_layers, n_heads):
+    parts = [("embed", None, None), ("unembed", None, None), ("whole", None, None)]
+    for layer in range(n_layers):
+        parts += [("head", layer, head) for head in range(n_heads)]
+        parts += [("attention_norm", layer, None), ("mlp", layer, None)]
+    for direction, costs, currency, (kind, layer, head) in itertools.product(
+        ("before_into_after", "after_into_before"), _costs(arm), CURRENCIES, parts
+    ):
+        sign = 1 if direction == "after_into_before" else -1
+        label = ("grafts", task, regime, arm, direction, costs, currency, kind, layer, head)
+        total = -0.05 * sign
+        part = 0.0 if kind == "attention_norm" else 0.3 * _noise(*label, scale=1.0)
+        change = total if kind == "whole" else part * total
+        yield {
+            **_key(task, regime, arm, seed, step),
+            "component": ".".join(str(x) for x in (kind, layer, head) if x is not None),
+            "kind": kind,
+            "layer": layer,
+            "head": head,
+            "direction": direction,
+            "costs": costs,
+            "currency": currency,
+            "change": change,
+            "low": change - 0.004,
+            "high": change + 0.004,
+            "q": 0.01 if abs(change) > 0.004 else 0.7,
+            "total": total,
+            "scale": 0.4,
         }
 
 

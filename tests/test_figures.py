@@ -326,6 +326,64 @@ def test_recovery_maps_share_a_scale_and_centre_the_difference(study):
         assert np.allclose(change.get_array(), expected)
 
 
+def crosses(ax) -> set[tuple[int, int]]:
+    """(layer, row) of the marked cells."""
+    marked = [line for line in ax.lines if line.get_marker() == "x"]
+    return {(x, y) for line in marked for x, y in zip(*line.get_data(), strict=True)}
+
+
+def test_recovery_marks_what_is_not_distinguishable_from_zero(pair, study):
+    rows = pair["patching"].query("latent == 'all' and grain == 'resid_pre'")
+    panels = draw("recovery", pair).axes[:3]
+    units = [label.get_text() for label in panels[0].get_yticklabels()]
+    for ax, name in zip(panels, ("before", "after", "change"), strict=True):
+        unsure = rows[(rows["checkpoint"] == name) & (rows["q"] > 0.05)]
+        expected = {
+            (layer, units.index(unit))
+            for layer, unit in zip(unsure["layer"], unsure["unit"], strict=True)
+        }
+        assert crosses(ax) == expected
+        assert 0 < len(expected) < rows["layer"].nunique() * len(units)
+    # Over seeds: scipy's t test and its false-discovery control.
+    cells = study["patching"].query(
+        "task == 'triage' and arm == 'weighted_1.98' and latent == 'all' and grain == 'resid_pre'"
+        " and checkpoint == 'after' and regime == 'branched'"
+    )
+    recoveries = cells.pivot(index="seed", columns=["unit", "layer"], values="recovery")
+    q = stats.false_discovery_control(stats.ttest_1samp(recoveries, 0).pvalue)
+    unsure = [cell for cell, value in zip(recoveries.columns, q, strict=True) if value > 0.05]
+    ax = draw("recovery", study).axes[1]
+    assert crosses(ax) == {(layer, units.index(unit)) for unit, layer in unsure}
+
+
+def test_probes_of_one_task_have_a_column_per_latent_and_every_baseline(pair):
+    """The baselines that do not depend on the layer lie flat; layers start at 1."""
+    figure = draw("probes", pair, task="triage", regime="pair")
+    rows = pair["probes"].query("measure == 'auroc' and latent == 'b'")
+    assert [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")] == [
+        *(f"latent {name}" for name in "abcd"),
+        "latent e, not needed",
+    ]
+    ax = figure.axes[1]
+    assert ax.get_xlim()[0] > 0
+    drawn = [np.asarray(line.get_ydata(), float).tolist() for line in ax.lines]
+    for kind in ("surface_bag", "surface_token"):
+        value = float(rows.query("kind == @kind")["value"].mean())
+        assert [value, value] in [pytest.approx(line) for line in drawn], kind
+    control = rows.query("kind == 'control'").groupby("layer")["value"].mean()
+    assert any(line == pytest.approx(control.tolist()) for line in drawn)
+
+
+def test_erasure_draws_the_loss_of_each_arm_beside_its_controls(pair):
+    figure = draw("erasure", pair)
+    rows = pair["erasure"].query("measure == 'log_score' and latent == 'c'")
+    below = figure.axes[5 + 2]
+    drawn = [np.asarray(line.get_ydata(), float).tolist() for line in below.lines]
+    for _, cell in rows.groupby(["arm", "kind"]):
+        expected = cell.groupby("layer")["loss"].mean().tolist()
+        assert any(line == pytest.approx(expected) for line in drawn if len(line) == len(expected))
+
+
 def test_recovery_puts_roles_in_reading_order():
     units = ["decision", "head 10", "head 2", "row 0 col 10", "row 0 col 9", "start"]
     ordered = sorted(units, key=tables.natural_order)
@@ -484,9 +542,10 @@ def test_formats_do_not_depend_on_each_other(drawn, drawn_in_full):
 
 def test_files_are_named_after_figure_and_task(drawn):
     assert list(drawn.written) == [
-        *("dissociation", "ladder", "trajectories", "probes", "recovery_triage"),
+        *("dissociation", "ladder", "trajectories"),
+        *("probes", "probes_triage", "erasure_triage", "recovery_triage"),
         *("cross_checkpoint", "crossing_triage", "crossing_triage_stitched"),
-        *("circuits", "calibration"),
+        *("grafts", "circuits", "calibration"),
     ]
     assert drawn.skipped == {}
     assert all(figures.caption(stem) for stem in drawn.written)

@@ -14,6 +14,7 @@ ANALYSIS = {
     "patch_pairs": 6,
     "crossing_items": 120,
     "stitch_items": 60,
+    "graft_items": 60,
 }
 SPEC = {
     "name": "tiny",

@@ -37,6 +37,7 @@ from mechinterp.hooked import HookedModel
 
 NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm")
 QK_NORMS = ("q_norm", "k_norm")
+PARTS = ("component", "sublayer", "block")
 # Ends of the names of config fields that do not change what a network in eval mode computes.
 _NOT_COMPUTED_WITH = ("_token_id", "dropout", "pdrop", "initializer_range", "name_or_path")
 
@@ -123,6 +124,27 @@ def components_of(model: HookedModel, *, tied: bool | None = None) -> tuple[Comp
     after = [Component(kind, None, None, pieces) for kind, pieces in last]
     ordered = [*before, rest, *inside, *after]
     return tuple(component for component in ordered if component.pieces)
+
+
+def merge_components(components: Sequence[Component], by: str) -> tuple[Component, ...]:
+    """Components of a block as one: by "block", or by "sublayer", its attention and its MLP, each
+    with its norms. By "component" they stay as they are, and outside the blocks always.
+
+    Raises:
+        AnalysisError: another `by`.
+    """
+    if by not in PARTS:
+        raise AnalysisError(f"by: expected one of {', '.join(PARTS)}, got {by!r}")
+    merged: dict[tuple[str, int | None, int | None], tuple[Piece, ...]] = {}
+    for component in components:
+        kind, head = component.kind, component.head
+        if component.layer is not None and by == "block":
+            kind, head = "block", None
+        elif component.layer is not None and by == "sublayer" and kind != "other":
+            kind, head = "mlp" if kind.startswith("mlp") else "attention", None
+        key = (kind, component.layer, head)
+        merged[key] = merged.get(key, ()) + component.pieces
+    return tuple(Component(*key, pieces) for key, pieces in merged.items())
 
 
 def is_tied(model: HookedModel) -> bool:

@@ -28,6 +28,7 @@ from mechinterp.patching.components import (
     differs,
     grafted,
     is_tied,
+    merge_components,
     n_weights,
 )
 from mechinterp.patching.crossing import shapley_shares
@@ -51,12 +52,13 @@ class Grafts:
     component, kind, layer, head, direction, costs, currency, readout, n_weights, differs (whether
     any weight does), u_target and u_donor (the two networks' own values), u_graft, change (u_graft
     - u_target) and stderr (of the change, items taken as independent). `changes` has the change
-    per item, if it was asked for.
+    per item, if it was asked for, and `totals` what exchanging the whole network does.
     """
 
     components: tuple[Component, ...]
     table: pd.DataFrame
     changes: Mapping[Key, Float[Tensor, "items components"]]
+    totals: Mapping[Key, Float[Tensor, " items"]]
 
     def infer(
         self,
@@ -91,6 +93,7 @@ def graft_components(
     *,
     actions: Sequence[int],
     costs: Mapping[str, decisions.Utility],
+    by: str = "component",
     kinds: Sequence[str] | None = None,
     directions: Sequence[str] = DIRECTIONS,
     attention_mask: Int[Tensor, "items positions"] | None = None,
@@ -109,6 +112,8 @@ def graft_components(
         labels: the label of each item, or its posterior (see `mechinterp.decisions`).
         actions: token ids whose logits decide, in order.
         costs: utilities by name.
+        by: "component", or larger parts, which are fewer: "sublayer" (attention or MLP with its
+            norms) or "block" (see `mechinterp.patching.components.merge_components`).
         kinds: which kinds of components (see `mechinterp.patching.components`); None is all.
         directions: "before_into_after" grafts weights of before into after.
         action_shifts: what each network's action logits are shifted by (before's, after's), as its
@@ -126,6 +131,7 @@ def graft_components(
     if unknown := set(directions) - set(DIRECTIONS):
         raise AnalysisError(f"directions: expected {' or '.join(DIRECTIONS)}, got {unknown}")
     components = components_of(before, tied=is_tied(before) and is_tied(after))
+    components = merge_components(components, by)
     known = {component.kind for component in components}
     if kinds is not None:
         if unknown := set(kinds) - known:
@@ -149,7 +155,7 @@ def graft_components(
         for name, model in models.items()
     }
     own = {name: values(name, *walk.own()) for name, walk in walks.items()}
-    rows, changes = [], {}
+    rows, changes, totals = [], {}, {}
     for direction in directions:
         donor, target = direction.split("_into_")
         differing = [c for c in components if differs(c, models[donor], models[target])]
@@ -183,8 +189,9 @@ def graft_components(
                 )
             if per_item:
                 changes[direction, *key] = torch.stack(per_component, dim=1)
+                totals[direction, *key] = own[donor][key] - own[target][key]
     table = pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64"})
-    return Grafts(components, table, changes)
+    return Grafts(components, table, changes, totals)
 
 
 def cross_fitted(labels: Int[Tensor, " items"], folds: Int[Tensor, " items"]) -> Refit:

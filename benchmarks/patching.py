@@ -12,29 +12,26 @@ time is measured on random cells, in turns with our whole sweeps, and scaled to 
 "extrapolated". On those cells the results must agree. With --organism, a small network instead, on
 which both run everything.
 
-Times are CPU seconds of one thread; a ratio is the median over rounds. `--scaling` shows how our
-time grows with layers, tokens, items and heads, beside the count of token-layers that it should
+Times are CPU seconds of one thread (with `--device cuda` wall seconds); a ratio is the median over
+rounds. `--together` sweeps the grains by position in one call and one by one. `--scaling` shows how
+our time grows with layers, tokens, items and heads, beside the count of token-layers that it should
 grow with.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import resource
+import contextlib
 import statistics
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from measuring import add_model_options, peak_memory, seconds, smollm2  # limits threads first
 
+# isort: split
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mechinterp.errors import CheckpointError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching import PatchingResult, logit_difference, sweep, sweep_many
 from mechinterp.patching.metrics import LogitDifference
@@ -73,10 +70,11 @@ def make_case(model: HookedModel, n_items: int, n_tokens: int, pairs: str, seed:
     corrupt[:, first:] = (corrupt[:, first:] + 7) % model.d_vocab
     correct, wrong = torch.randint(model.d_vocab, (2, n_items), generator=generator)
     metric = logit_difference(correct=correct, wrong=wrong)
-    return Case(f"{pairs}, {n_tokens} tokens", model, corrupt, clean, metric)
+    name = f"{pairs}, {n_tokens} tokens"
+    return Case(name, model, corrupt.to(model.device), clean.to(model.device), metric)
 
 
-def organism(n_layers: int = 3, n_heads: int = 4) -> HookedModel:
+def organism(n_layers: int = 3, n_heads: int = 4, device: str = "cpu") -> HookedModel:
     """A Llama of the size that the studies train."""
     config = LlamaConfig(
         vocab_size=1000,
@@ -88,7 +86,8 @@ def organism(n_layers: int = 3, n_heads: int = 4) -> HookedModel:
         pad_token_id=None,
     )
     torch.manual_seed(0)
-    return HookedModel(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return HookedModel(model.to(device).eval())
 
 
 def ours(case: Case, name: str) -> PatchingResult:
@@ -107,7 +106,7 @@ def theirs(case: Case, name: str, cells: list[tuple[int, ...]]) -> torch.Tensor:
     """TransformerLens's loop: one forward pass with one hook per cell. Values [cells items]."""
     grain, by_position = GRAINS[name]
     bridge = case.model.bridge()
-    items = torch.arange(len(case.clean))
+    items = torch.arange(len(case.clean), device=case.model.device)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(
             case.clean, names_filter=lambda hook: hook.endswith(_hook(grain, 0).split(".", 2)[2])
@@ -138,21 +137,22 @@ def _hook(grain: str, layer: int) -> str:
 def measure(case: Case, name: str, *, n_cells: int, n_rounds: int, seed: int) -> str:
     """A line of the table: medians over rounds in which we run everything and they a few cells."""
     case.model.bridge()  # built outside the clock
+    device = case.model.device
     generator = torch.Generator().manual_seed(seed)
     fast, slow, error, scale = [], [], 0.0, 1.0
     shape: tuple[int, ...] = ()
     for _ in range(n_rounds):
-        begun = time.process_time()
+        begun = seconds(device)
         result = ours(case, name)
-        fast.append(time.process_time() - begun)
+        fast.append(seconds(device) - begun)
         shape = tuple(result.values.shape[1:])
         flat = torch.randint(result.values[0].numel(), (n_cells // n_rounds,), generator=generator)
         cells = [tuple(int(i) for i in torch.unravel_index(cell, shape)) for cell in flat]
-        begun = time.process_time()
+        begun = seconds(device)
         values = theirs(case, name, cells)
-        slow.append((time.process_time() - begun) / len(cells))
+        slow.append((seconds(device) - begun) / len(cells))
         mine = torch.stack([result.values[(slice(None), *cell)] for cell in cells])
-        error = max(error, float((mine - values).abs().max()))
+        error = max(error, float((mine.to(values) - values).abs().max()))
         scale = max(scale, float(result.values.abs().max()))
     if error > TOLERANCE * scale:
         raise SystemExit(f"{case.name}, {name}: the sweeps differ by {error:.2g}")
@@ -161,59 +161,53 @@ def measure(case: Case, name: str, *, n_cells: int, n_rounds: int, seed: int) ->
     ratio = statistics.median(s / f for s, f in zip(whole, fast, strict=True))
     return (
         f"{case.name:22} {name:16} {n_all:6} {statistics.median(fast):8.2f} "
-        f"{statistics.median(whole):10.1f}* {ratio:7.1f}x {error / scale:9.1e} {peak_memory():7.0f}"
+        f"{statistics.median(whole):10.1f}* {ratio:7.1f}x {error / scale:9.1e} "
+        f"{peak_memory(device):7.0f}"
     )
 
 
-def measure_together(case: Case) -> str:
+def measure_together(case: Case, n_rounds: int) -> str:
     """All position grains in one sweep against one sweep each."""
     grains = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
-    common = {"corrupt": case.corrupt, "clean": case.clean, "metric": case.metric}
-    begun = time.process_time()
-    sweep_many(
-        case.model,
-        corrupt=case.corrupt,
-        clean=case.clean,
-        grains=grains,
-        metrics={"": case.metric},
-    )
-    together = time.process_time() - begun
-    begun = time.process_time()
-    for grain in grains:
-        sweep(case.model, grain=grain, **common)
-    apart = time.process_time() - begun
+    prompts = {"corrupt": case.corrupt, "clean": case.clean}
+    device, together, apart = case.model.device, [], []
+    for _ in range(n_rounds):
+        begun = seconds(device)
+        sweep_many(case.model, **prompts, grains=grains, metrics={"": case.metric})
+        together.append(seconds(device) - begun)
+        begun = seconds(device)
+        for grain in grains:
+            sweep(case.model, **prompts, grain=grain, metric=case.metric)
+        apart.append(seconds(device) - begun)
+    ratio = statistics.median(a / t for a, t in zip(apart, together, strict=True))
     return (
-        f"{case.name}: {len(grains)} position grains in one sweep {together:.1f} s, "
-        f"one by one {apart:.1f} s"
+        f"{case.name}: {len(grains)} position grains in one sweep "
+        f"{statistics.median(together):.1f} s, one by one {statistics.median(apart):.1f} s: "
+        f"{ratio:.2f}x; peak {peak_memory(device):.0f} MB"
     )
 
 
-def measure_scaling(n_rounds: int) -> Iterator[str]:
+def measure_scaling(n_rounds: int, device: torch.device) -> Iterator[str]:
     """Our time for resid_pre where every token differs, against the token-layers it should cost."""
     yield "layers tokens  items  heads  seconds  ns/token-layer"
     base = {"n_layers": 6, "n_tokens": 16, "n_items": 32, "n_heads": 4}
     changes = [{}, {"n_layers": 12}, {"n_tokens": 32}, {"n_items": 64}, {"n_heads": 8}]
     for change in changes:
         size = {**base, **change}
-        model = organism(size["n_layers"], size["n_heads"])
+        model = organism(size["n_layers"], size["n_heads"], str(device))
         case = make_case(model, size["n_items"], size["n_tokens"], "different", 0)
         times = []
         for _ in range(n_rounds):
-            begun = time.process_time()
+            begun = seconds(device)
             ours(case, "resid_pre")
-            times.append(time.process_time() - begun)
+            times.append(seconds(device) - begun)
         layers, tokens = size["n_layers"], size["n_tokens"]
         work = layers * (layers + 1) / 2 * tokens * (tokens + 1) / 2 * size["n_items"]
-        seconds = statistics.median(times)
+        spent = statistics.median(times)
         yield (
-            f"{layers:6} {tokens:6} {size['n_items']:6} {size['n_heads']:6} {seconds:8.2f} "
-            f"{1e9 * seconds / work:15.0f}"
+            f"{layers:6} {tokens:6} {size['n_items']:6} {size['n_heads']:6} {spent:8.2f} "
+            f"{1e9 * spent / work:15.0f}"
         )
-
-
-def peak_memory() -> float:
-    """Megabytes that this process has held at most, so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
@@ -229,43 +223,38 @@ def main() -> None:
     parser.add_argument("--organism", action="store_true", help="a small network, not SmolLM2")
     parser.add_argument("--together", action="store_true", help="several grains in one sweep")
     parser.add_argument("--scaling", action="store_true")
-    parser.add_argument("--smollm2-dir", help="where SmolLM2 is kept (default: a temporary place)")
     parser.add_argument("--seed", type=int, default=0)
+    add_model_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.scaling:
-        for line in measure_scaling(options.rounds):
+        for line in measure_scaling(options.rounds, torch.device(options.device)):
             print(line, flush=True)
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        if options.organism:
-            model = organism()
-        else:
-            from mechinterp.smollm2 import fetch_smollm2
-
-            try:
-                directory = options.smollm2_dir or temporary
-                if not os.path.exists(os.path.join(directory, "config.json")):
-                    fetch_smollm2(directory + "/smollm2")
-                    directory += "/smollm2"
-            except CheckpointError as error:
-                raise SystemExit(f"SmolLM2: {error}") from None
-            model = HookedModel.from_checkpoint(directory)
+    if options.organism:
+        context = contextlib.nullcontext(organism(device=options.device))
+    else:
+        context = smollm2(options.smollm2_dir, options.device)
+    with context as model:
+        cases = [
+            make_case(model, options.items, n_tokens, pairs, options.seed)
+            for pairs in options.pairs
+            for n_tokens in options.tokens
+        ]
+        if options.together:
+            for case in cases:
+                print(measure_together(case, options.rounds), flush=True)
+            return
         print(
             f"{'pairs':22} {'grain':16} {'cells':>6} {'ours (s)':>8} {'TL (s)':>11} {'ratio':>8} "
             f"{'max diff':>9} {'peak MB':>7}"
         )
-        for pairs in options.pairs:
-            for n_tokens in options.tokens:
-                case = make_case(model, options.items, n_tokens, pairs, options.seed)
-                if options.together:
-                    print(measure_together(case), flush=True)
-                    continue
-                for name in options.grains:
-                    line = measure(
-                        case, name, n_cells=options.cells, n_rounds=options.rounds, seed=0
-                    )
-                    print(line, flush=True)
+        for case in cases:
+            for name in options.grains:
+                print(
+                    measure(case, name, n_cells=options.cells, n_rounds=options.rounds, seed=0),
+                    flush=True,
+                )
         print("* extrapolated from random cells")
 
 

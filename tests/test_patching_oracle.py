@@ -11,17 +11,23 @@ from hypothesis import strategies as st
 from tiny_models import CONFIGS, D_VOCAB, N_HEADS, N_LAYERS, SEQUENTIAL, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
-from mechinterp.errors import AnalysisError
+from mechinterp.architectures import LAYOUTS
+from mechinterp.errors import AnalysisError, CheckpointError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.metrics import logit_difference
 from mechinterp.patching.naive import naive_sweep, patch_by_loop
-from mechinterp.patching.plan import GRAINS, make_plan
+from mechinterp.patching.plan import GRAINS, RESIDUAL_GRAINS, make_plan
 from mechinterp.patching.reference import mean_activations
 from mechinterp.patching.stored import store_activations
 from mechinterp.patching.sweeps import sweep, sweep_many
+from mechinterp.sites import Site
+from mechinterp.smollm2 import fetch_smollm2
 
 N_ITEMS, N_POSITIONS = 3, 6
-FAMILIES = ["llama", "gpt2", "gpt_neox", "gemma2", "qwen3", "olmo2", "mistral", "phi3"]
+FAMILIES = [  # all that the library names
+    *("llama", "gpt2", "gpt_neox", "gemma2", "gemma3"),
+    *("qwen2", "qwen3", "olmo2", "mistral", "phi3"),
+]
 CASES = [
     (family, grain)
     for family in FAMILIES
@@ -144,66 +150,77 @@ def test_random_prompts_and_cells(data):
     torch.testing.assert_close(fast.values, slow.values, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_sweep_equals_transformer_lens(family):
+def test_every_family_is_tested_and_attends_far_from_uniformly():
+    """Or wrong code would pass."""
+    assert {CONFIGS[family]().model_type for family in FAMILIES} == LAYOUTS.keys()
+    _, clean = pairs()
+    for family in FAMILIES:
+        captured = model(family).capture(clean, model(family).sites("pattern"))
+        last = captured.stack("pattern")[..., -1, :]  # [layers items heads keys]
+        entropy = torch.special.entr(last).sum(-1) / torch.log((last > 0).sum(-1))
+        assert float(entropy.mean()) < 0.8, family  # 1 is uniform
+        assert float(entropy.min()) < 0.5, family
+
+
+def theirs(family: str, name: str) -> torch.Tensor:
+    """Values [items, layers, ...] of TransformerLens's own `get_act_patch_*`."""
     from transformer_lens import patching as tl
 
     tl.tqdm = lambda iterable, **_: iterable
     corrupt, clean = pairs()
     bridge = model(family).bridge()
-    _, clean_cache = bridge.run_with_cache(clean)
-    items = torch.arange(N_ITEMS)
-
-    def metric(logits: torch.Tensor) -> torch.Tensor:
-        return METRIC(logits[:, -1][:, METRIC.token_ids], items)
-
-    by_position = {
-        "resid_pre": tl.get_act_patch_resid_pre,
-        "attn_out": tl.get_act_patch_attn_out,
-        "mlp_out": tl.get_act_patch_mlp_out,
-        "head": tl.get_act_patch_attn_head_out_all_pos,
-    }
-    for grain, patch in by_position.items():
-        with torch.no_grad():
-            theirs = patch(bridge, corrupt, clean_cache, metric, reduce="none", baseline=True)
-        ours = sweep(model(family), corrupt=corrupt, clean=clean, grain=grain, metric=METRIC)
-        n_units = N_HEADS if grain == "head" else N_POSITIONS
-        assert theirs.values.shape == (N_LAYERS, n_units, N_ITEMS)
-        by_item = theirs.values.permute(2, 0, 1)
-        torch.testing.assert_close(ours.values, by_item, rtol=0, atol=1e-5)
-        torch.testing.assert_close(ours.corrupt_metric, theirs.baseline, rtol=0, atol=1e-5)
-        table = theirs.to_dataframe()
-        assert len(table) == N_LAYERS * n_units * N_ITEMS
-
-
-@pytest.mark.parametrize(
-    ("family", "grain"),
-    [("gpt2", g) for g in ("q", "k", "v", "pattern")] + [("llama", "q"), ("llama", "pattern")],
-)
-def test_inside_attention_equals_transformer_lens(family, grain):
-    """Theirs has no keys and values of grouped queries."""
-    from transformer_lens import patching as tl
-
-    tl.tqdm = lambda iterable, **_: iterable
-    patch = {
-        "q": tl.get_act_patch_attn_head_q_all_pos,
-        "k": tl.get_act_patch_attn_head_k_all_pos,
-        "v": tl.get_act_patch_attn_head_v_all_pos,
-        "pattern": tl.get_act_patch_attn_head_pattern_all_pos,
-    }[grain]
-    corrupt, clean = pairs()
-    bridge = model(family).bridge()
-    _, clean_cache = bridge.run_with_cache(clean)
 
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return METRIC(logits[:, -1][:, METRIC.token_ids], torch.arange(N_ITEMS))
 
     with torch.no_grad():
-        theirs = patch(bridge, corrupt, clean_cache, metric, reduce="none", baseline=True)
+        _, cache = bridge.run_with_cache(clean)
+        patch = getattr(tl, f"get_act_patch_{name}")
+        result = patch(bridge, corrupt, cache, metric, reduce="none", baseline=True)
+    return result.values.movedim(-1, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grain", ["resid_pre", "attn_out", "mlp_out"])
+def test_positions_equal_transformer_lens(family, grain):
+    corrupt, clean = pairs()
     ours = sweep(model(family), corrupt=corrupt, clean=clean, grain=grain, metric=METRIC)
+    assert ours.values.shape == (N_ITEMS, N_LAYERS, N_POSITIONS)
+    assert float(ours.effect.abs().max()) > 0.05
+    torch.testing.assert_close(ours.values, theirs(family, grain), rtol=0, atol=1e-5)
+
+
+GROUPED = [family for family in FAMILIES if family not in ("gpt2", "gpt_neox")]
+HEADS = [  # theirs has no keys and values of grouped queries
+    (family, grain)
+    for family in FAMILIES
+    for grain in ("head", "q", "k", "v", "pattern")
+    if grain not in ("k", "v") or family not in GROUPED
+]
+
+
+@pytest.mark.parametrize(("family", "grain"), HEADS)
+def test_heads_equal_transformer_lens(family, grain):
+    check_heads(family, grain, by_position=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "grain"), HEADS)
+def test_heads_by_position_equal_transformer_lens(family, grain):
+    check_heads(family, grain, by_position=True)
+
+
+def check_heads(family: str, grain: str, *, by_position: bool) -> None:
+    corrupt, clean = pairs()
+    options = {"corrupt": corrupt, "clean": clean, "grain": grain, "metric": METRIC}
+    ours = sweep(model(family), **options, by_position=by_position)
     assert float(ours.effect.abs().max()) > 0.01
-    by_item = theirs.values.permute(2, 0, 1)
-    torch.testing.assert_close(ours.values, by_item, rtol=0, atol=1e-5)
+    part = "out" if grain == "head" else grain
+    values = theirs(family, f"attn_head_{part}_{'by_pos' if by_position else 'all_pos'}")
+    if by_position and grain != "pattern":  # theirs has positions before heads
+        values = values.transpose(2, 3)
+    assert ours.values.shape == (N_ITEMS, N_LAYERS, N_HEADS, N_POSITIONS)[: 3 + by_position]
+    torch.testing.assert_close(ours.values, values, rtol=0, atol=1e-5)
 
 
 def test_resid_mid_and_post_are_the_next_resid_pre():
@@ -298,3 +315,56 @@ def test_neurons_of_an_mlp_no_wider_than_the_stream(width):
     torch.testing.assert_close(
         fast.values, naive_sweep(narrow, **options).values, rtol=0, atol=1e-5
     )
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    try:
+        checkpoint = fetch_smollm2(tmp_path_factory.mktemp("smollm2") / "checkpoint")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    return HookedModel.from_checkpoint(checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("grain", [grain for grain in GRAINS if grain != "neuron"])
+def test_random_cells_of_smollm2_equal_transformer_lens(smollm2, grain, by_position):
+    """Cells at random by TransformerLens's hooks, as in its `get_act_patch_*`, which would take
+    hours here; it has none for keys and values of grouped queries."""
+    if by_position != (grain in RESIDUAL_GRAINS) and grain != "head":
+        pytest.skip("one of the two is enough")
+    clean = torch.randint(100, 1000, (2, 9), generator=torch.Generator().manual_seed(0))
+    corrupt = clean.clone()
+    corrupt[:, 6:] += 7
+    metric = logit_difference(correct=torch.tensor([260, 284]), wrong=torch.tensor([2000, 3000]))
+    run = partial(sweep, smollm2, corrupt=corrupt, clean=clean, metric=metric)
+    ours = run(grain=grain, by_position=by_position)
+    assert ours.method == "suffix"
+    bridge, items = smollm2.bridge(), torch.arange(2)
+    # TransformerLens 4.3 writes resid_mid on the MLP's branch alone; in one network this is
+    # the same patch one site on.
+    grain = "resid_post" if grain == "resid_mid" else grain
+    scale = float(ours.values.abs().max())
+    n_cells, shape = 6, ours.values.shape[1:]
+    flat = ours.effect.abs().amax(0).flatten()
+    some = torch.randint(flat.numel(), (n_cells // 2,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(clean)
+        for cell in [*some.tolist(), *flat.topk(n_cells // 2).indices.tolist()]:
+            layer, *unit = (int(i) for i in torch.unravel_index(torch.tensor(cell), shape))
+            name = Site(grain, layer).transformer_lens_name
+            if grain == "pattern" or grain in RESIDUAL_GRAINS:
+                at = (slice(None), unit[0])
+            else:
+                at = (slice(None), unit[1] if by_position else slice(None), unit[0])
+
+            def write(site, hook, at=at, name=name):
+                site[at] = cache[name][at]
+                return site
+
+            logits = bridge.run_with_hooks(corrupt, fwd_hooks=[(name, write)])
+            theirs = metric(logits[:, -1][:, metric.token_ids], items)
+            difference = (ours.values[:, layer][(slice(None), *unit)] - theirs).abs().max()
+            assert float(difference) < 1e-4 * scale, (layer, unit)
+    assert float(flat.max()) > 0.05

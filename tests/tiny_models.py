@@ -70,7 +70,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=D_HEAD),
     "qwen3_wide_heads": lambda: Qwen3Config(**_GROUPED, head_dim=12),
-    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0),
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=4.0),
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=4),
     "olmo2": lambda: Olmo2Config(**_GROUPED),
@@ -89,10 +89,12 @@ def tiny_model(
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:  # norms and biases
                 parameter.add_(0.3 * noise)
+                if "q_norm" in name or "k_norm" in name:
+                    parameter.add_(0.5)  # or attention would be close to uniform
             else:
                 parameter.copy_(0.25 * noise)
     return model.to(getattr(torch, dtype)).eval()

@@ -642,3 +642,29 @@ def test_lists_as_the_command_writes_them():
     assert parse_positions("0, -1") == [0, -1]
     assert parse_positions("-1") == [-1]
     assert parse_positions("decision") == "decision"
+
+
+PEAK = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from mechinterp.hooked import HookedModel
+from mechinterp.store import capture
+model = HookedModel.from_checkpoint(sys.argv[1])
+tokens = torch.randint(64, (int(sys.argv[3]), 8), generator=torch.Generator().manual_seed(0))
+store = capture(model, tokens, out=sys.argv[2], positions="all")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_items(out, tmp_path):
+    save_checkpoint(tiny_model("llama"), tmp_path / "checkpoint")
+
+    def peak(n):
+        command = [sys.executable, "-c", PEAK, tmp_path / "checkpoint", out / str(n), str(n)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    growth = peak(16_000) - peak(1_600)
+    size = sum(path.stat().st_size for path in (out / "16000").iterdir()) / 2**20
+    assert size > 40
+    assert growth < 0.15 * size  # the tokens, which are the caller's, are 1 MB

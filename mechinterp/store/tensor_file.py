@@ -29,7 +29,7 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
 }
-_BLOCK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 20
 _NO_HASH = "0" * 64
 
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

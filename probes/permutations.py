@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import AnalysisError
-from mechinterp.randomness import derive_generator
+from mechinterp.randomness import derive_rng
 from probes.classifier import check_labels
 from probes.decomposition import check_strengths, decompose
 from probes.measures import auroc
@@ -119,15 +120,14 @@ def _shuffles(
                 f"labels: column {j} is constant wherever its labels could move (folds, groups); "
                 "use fewer groups or other folds"
             )
-        # In the order of blocks, then at random within each: a permutation within blocks.
-        place = blocks.argsort(stable=True)
-        generator = derive_generator(seed, "permutations", "groups" if whole else "items")
+        members = [(blocks == block).nonzero()[:, 0] for block in blocks.unique()]
+        rng = derive_rng(seed, "permutations", "groups" if whole else "items")
 
         def draw(m: int) -> Int[Tensor, "m n"]:
-            keys = torch.rand(m, len(units), generator=generator, dtype=torch.float64)
-            order = (keys.to(blocks.device) + blocks).argsort(1)
-            moved = torch.empty_like(order)
-            moved[:, place] = units[order]
+            moved = torch.empty(m, len(units), dtype=torch.int64, device=units.device)
+            for rows in members:
+                order = rng.permuted(np.tile(np.arange(len(rows)), (m, 1)), axis=1)
+                moved[:, rows] = units[rows][torch.from_numpy(order).to(rows)]
             return moved[:, group] if whole else moved
 
         return draw
@@ -149,9 +149,22 @@ def _measures(
     scores = rearrange(scores, "n (m k a) -> m k a n", m=m, k=k)
     predicted = scores[:, :, 0] > 0.5 if n_classes == 2 else scores.argmax(2)
     accuracy = (predicted == rearrange(labels, "m n k -> m k n")).double().mean(2)
-    areas = [auroc(scores[..., folds == f], positive[..., folds == f]) for f in folds.unique()]
+    areas = [_area(scores[..., folds == f], positive[..., folds == f]) for f in folds.unique()]
     area = torch.stack(areas).nanmean(0)  # a fold without a class has no AUROC for it
     return accuracy, area.nanmean(2)
+
+
+def _area(
+    scores: Float[Tensor, "*batch n"], positive: Bool[Tensor, "*batch n"]
+) -> Float[Tensor, "*batch"]:
+    """AUROC; without ties, which are rare here, one sort does it."""
+    ordered, order = scores.sort(-1)
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        return auroc(scores, positive)
+    n, n_positive = scores.shape[-1], positive.sum(-1).double()
+    rank = torch.arange(1, n + 1, device=scores.device)
+    wins = (positive.gather(-1, order) * rank).sum(-1) - n_positive * (n_positive + 1) / 2
+    return wins / (n_positive * (n - n_positive))
 
 
 def _p_value(observed: Float[Tensor, " k"], null: Float[Tensor, "m k"]) -> Float[Tensor, " k"]:

@@ -15,10 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.randomness import derive_generator
-from probes.crossfit import CrossFit, ProbeConfig
+from probes.crossfit import CrossFit, ProbeConfig, fit_probes
 from probes.folds import grouped_folds
 from probes.jackknife import jackknife_interval
-from probes.logistic import fit_softmax
 
 N_SPLITS = 4  # halvings of the items, for the ceiling
 N_SHUFFLES = 20  # shuffled labels, for the floor
@@ -65,29 +64,29 @@ def compare_directions(
     low, high = jackknife_interval(by_fold, centre=value)
 
     strengths = {source: fit.strengths.median(0).values for source, fit in fits.items()}
-    same, crossed = [], []
-    for split in range(N_SPLITS):
-        half = grouped_folds(groups, labels, 2, seed=config.seed + split) == 0
-        coef = {
-            (source, side): fit_directions(x, labels, n_values, rows, strengths[source], config.tol)
-            for source, x in streams.items()
-            for side, rows in enumerate((half, ~half))
-        }
-        same.append([cosine(coef[source, 0], coef[source, 1]) for source in streams])
-        crossed.append([cosine(coef["before", side], coef["after", 1 - side]) for side in (0, 1)])
-    halves = _means(crossed).mean(0)
-    ceiling = _means(same).clamp_min(0).prod(0).sqrt()
+    splits = range(config.seed, config.seed + N_SPLITS)
+    first = torch.stack([grouped_folds(groups, labels, 2, seed) == 0 for seed in splits])
+    train = torch.cat([first, ~first])
+    coef = {
+        source: rearrange(
+            fit_directions(x, labels, n_values, train, strengths[source], config.tol),
+            "(half split) k a d -> half split k a d",
+            half=2,
+        )
+        for source, x in streams.items()
+    }
+    same = torch.stack([cosine(halves[0], halves[1]).mean(0) for halves in coef.values()])
+    ceiling = same.clamp_min(0).prod(0).sqrt()
+    halves = cosine(coef["before"], coef["after"].flip(0)).mean((0, 1))
 
-    everything = torch.ones(len(labels), dtype=torch.bool)
     generator = derive_generator(config.seed, "shuffled directions")
-    shuffled = torch.cat(
-        [labels[torch.randperm(len(labels), generator=generator)] for _ in range(N_SHUFFLES)], 1
-    )
+    shuffled = [labels[torch.randperm(len(labels), generator=generator)] for _ in range(N_SHUFFLES)]
+    everything = torch.ones_like(first[:1])
     noise = fit_directions(
-        *(streams["after"], shuffled, n_values, everything),
+        *(streams["after"], torch.cat(shuffled, 1), n_values, everything),
         *(strengths["after"].repeat(N_SHUFFLES), config.tol),
     )
-    noise = rearrange(noise, "(s k) a d -> s k a d", s=N_SHUFFLES)
+    noise = rearrange(noise, "1 (s k) a d -> s k a d", s=N_SHUFFLES)
     null = cosine(own["before"].mean(0), noise)
 
     is_something = ceiling > null.amax(0)
@@ -100,18 +99,14 @@ def fit_directions(
     X: Float[Tensor, "n d"],
     labels: Int[Tensor, "n k"],
     n_values: int,
-    rows: Bool[Tensor, " n"],
+    train: Bool[Tensor, "sets n"],
     strengths: Float[Tensor, " k"],
     tol: float,
-) -> Float[Tensor, "k a d"]:
-    """Coefficients, in the coordinates of X, of probes on some rows, standardised there."""
-    X, labels = X[rows].double(), labels[rows]
-    scale = X.std(0)
-    scale = torch.where(scale > 1e-10 * X.mean(0).abs(), scale, torch.inf)
-    one_hot = torch.nn.functional.one_hot(labels, n_values).double()
-    # As in `fit_probes`: for two values the penalty is on the difference of the two.
-    l2 = strengths * len(X) * (2 if n_values == 2 else 1)
-    return centred(fit_softmax((X - X.mean(0)) / scale, one_hot, l2=l2, tol=tol).coef / scale)
+) -> Float[Tensor, "sets k a d"]:
+    """Coefficients of probes on each training set, in the coordinates of X."""
+    each = strengths.expand(len(train), 1, -1)
+    probes = fit_probes(X, labels, n_values, train=train, strengths=each, tol=tol)
+    return centred(probes.coef[:, 0])
 
 
 def centred(coef: Float[Tensor, "*k a d"]) -> Float[Tensor, "*k a d"]:
@@ -122,7 +117,3 @@ def centred(coef: Float[Tensor, "*k a d"]) -> Float[Tensor, "*k a d"]:
 def cosine(a: Float[Tensor, "*k a d"], b: Float[Tensor, "*k a d"]) -> Float[Tensor, "*k"]:
     """Between all values' directions at once, in the coordinates of the stream."""
     return torch.nn.functional.cosine_similarity(a.flatten(-2), b.flatten(-2), dim=-1)
-
-
-def _means(splits: list[list[Float[Tensor, " k"]]]) -> Float[Tensor, "2 k"]:
-    return torch.stack([torch.stack(pair) for pair in splits]).mean(0)

@@ -141,14 +141,15 @@ def in_span(X: Float[Tensor, "n d"]) -> Float[Tensor, "n r"]:
 def permuted_groups(
     groups: Int[Tensor, " items"], generator: torch.Generator
 ) -> Int[Tensor, " items"]:
-    """An order of the items in which whole groups have changed places.
+    """An order of the items in which whole groups, and the items within each, have changed places.
 
     Items of one group stay side by side, so that a null made with it keeps their dependence.
     """
     _, codes = groups.unique(return_inverse=True)
     place = torch.randperm(int(codes.max()) + 1, generator=generator)
+    mixed = torch.randperm(len(codes), generator=generator)
     order = torch.empty_like(codes)
-    order[codes.argsort(stable=True)] = place[codes].argsort(stable=True)
+    order[codes.argsort(stable=True)] = mixed[place[codes[mixed]].argsort(stable=True)]
     return order
 
 

@@ -255,7 +255,7 @@ def _standardise(
 
 
 def _span(X: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "d n"]]:
-    """Principal coordinates of the rows of X (n < d), and the orthonormal directions they are on."""
+    """Principal coordinates of the rows of X (n < d), and the orthonormal axes they are on."""
     orthonormal, triangle = torch.linalg.qr(X.T)
     principal = torch.linalg.eigh(triangle @ triangle.T)[1]
     return triangle.T @ principal, orthonormal @ principal

@@ -143,7 +143,8 @@ def _draw_map(figure: Figure, ax: Axes, rows: pd.DataFrame) -> None:
 def _draw_largest(ax: Axes, rows: pd.DataFrame) -> None:
     parts = rows[rows["kind"] != "whole"]
     largest = parts.groupby("component")["change"].agg(lambda change: change.abs().max())
-    shown = list(largest.sort_values(ascending=False, kind="stable").index[:MOST_PARTS])
+    largest = largest.sort_values(ascending=False, kind="stable")[:MOST_PARTS]
+    shown = list(largest.index[largest > 0]) or list(largest.index)
     color = style.arm_styles(list(rows["arm"].unique()))[rows["arm"].iloc[0]].color
     for direction, offset, fill in (
         ("after_into_before", -0.16, color),

@@ -16,7 +16,7 @@ from mechinterp.errors import AnalysisError, CheckpointError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.metrics import logit_difference
 from mechinterp.patching.naive import naive_sweep, patch_by_loop
-from mechinterp.patching.plan import GRAINS, RESIDUAL_GRAINS, make_plan
+from mechinterp.patching.plan import GRAINS, HEAD_GRAINS, RESIDUAL_GRAINS, make_plan
 from mechinterp.patching.reference import mean_activations
 from mechinterp.patching.stored import store_activations
 from mechinterp.patching.sweeps import sweep, sweep_many
@@ -327,13 +327,14 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by_position", [False, True])
-@pytest.mark.parametrize("grain", [grain for grain in GRAINS if grain != "neuron"])
+@pytest.mark.parametrize(
+    ("grain", "by_position"),
+    [(grain, True) for grain in (*RESIDUAL_GRAINS, "head")]
+    + [(grain, False) for grain in HEAD_GRAINS],
+)
 def test_random_cells_of_smollm2_equal_transformer_lens(smollm2, grain, by_position):
     """Cells at random by TransformerLens's hooks, as in its `get_act_patch_*`, which would take
     hours here; it has none for keys and values of grouped queries."""
-    if by_position != (grain in RESIDUAL_GRAINS) and grain != "head":
-        pytest.skip("one of the two is enough")
     clean = torch.randint(100, 1000, (2, 9), generator=torch.Generator().manual_seed(0))
     corrupt = clean.clone()
     corrupt[:, 6:] += 7

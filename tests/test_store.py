@@ -422,6 +422,9 @@ def test_a_flipped_byte_is_found_when_its_site_is_read(stored, out):
     open_store(out, verify=False)["resid_post.2"]
     with pytest.raises(StoreError, match=r"resid_post\.2: its bytes"):
         capture(shared_model("llama"), TOKENS, out=out)
+    stored.plan.shards[0].path.unlink()  # and where it goes on from it
+    with pytest.raises(StoreError, match=r"resid_post\.2: its bytes"):
+        capture(shared_model("llama"), TOKENS, out=out)
 
 
 def test_the_remedy_for_a_damaged_shard_mends_it(stored, out, monkeypatch):

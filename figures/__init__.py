@@ -23,6 +23,7 @@ NAMES = (
     "ladder",
     "trajectories",
     "probes",
+    "erasure",
     "recovery",
     "cross_checkpoint",
     "crossing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from figures import style
 from figures.axes import layer_axis, step_axis
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "What linear probes read out at the decision position: AUROC by layer (0: embedding) at each "
-    "arm's last step, for latents that the decision needs and for those that it does not (losing "
-    "the latter is forgetting, not damage); selectivity (AUROC or accuracy above that of a "
-    "control task with random labels) by layer; and AUROC of the needed latents over training, at "
-    "the layer where the control reads best (printed in the panel). Means over latents. Dotted: "
-    "the same probes on the control task, all arms together; dashed: on the network as "
-    "initialised."
+    "What linear probes read out at the decision position: AUROC by layer at each arm's last step, "
+    "for latents that the decision needs and for those that it does not (losing the latter is "
+    "forgetting, not damage); selectivity (accuracy above that of a control task with random "
+    "labels) by layer; and AUROC of the needed latents over training, at the layer where the "
+    "control reads best (printed in the panel). Means over latents. Where the file is that of one "
+    "task, each latent has a column, and information is what the probe tells about it beyond its "
+    "base rates (V-information, bits per item). What a probe must beat, all arms together: the "
+    "same probes on the control task, on the network as initialised, and on the tokens alone "
+    "(their counts in the prompt, or the one at the decision position); shaded: 95% interval."
 )
 NEEDS = {
     "probes": (
@@ -38,9 +40,17 @@ NEEDS = {
         *("layer", "latent", "needed", "kind", "measure", "value"),
     )
 }
+SURFACE_LAYER = -1  # of what is read from the tokens
 REFERENCES = ("symmetric", "before")  # whose best layer the panels over steps show
-FLOORS = {"control": (":", "control task"), "random_init": ("-.", "network as initialised")}
-FLOOR_COLOR = "#4D4D4D"
+# kind -> (line style, colour, label): what a probe must beat
+BASELINES = {
+    "control": (":", "#4D4D4D", "control task"),
+    "random_init": ("-.", "#4D4D4D", "network as initialised"),
+    "surface_bag": ((0, (6, 2)), "#999933", "bag of tokens"),
+    "surface_token": ((0, (1, 1)), "#999933", "token at the decision"),
+}
+ROWS = {"auroc": "AUROC", "information": "Information (bits)", "selectivity": "Selectivity"}
+CHANCE = {"auroc": 0.5, "information": 0.0, "selectivity": 0.0}
 TITLES = {
     "needed": "needed latents\nby layer",
     "not_needed": "latents not needed\nby layer",
@@ -49,10 +59,53 @@ TITLES = {
 }
 
 
+def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
+    """All settings together, and a file per task, in its first regime, with a column per latent."""
+    files: dict[str, dict[str, str]] = {"probes": {}}
+    for task, regime in settings_in(read_tables(source, NEEDS)["probes"]):
+        files.setdefault(f"probes_{task}", {"task": task, "regime": regime})
+    return files
+
+
 @style.styled
-def draw(source: str | Path | Tables) -> Figure:
-    """Rows: task and regime. Columns: AUROC and selectivity by layer, AUROC by step."""
+def draw(
+    source: str | Path | Tables, *, task: str | None = None, regime: str | None = None
+) -> Figure:
+    """Of all settings, means over latents; of one `task` and `regime`, a column per latent."""
     probes = read_tables(source, NEEDS)["probes"]
+    if task is None:
+        return _draw_settings(probes)
+    return _draw_latents(where(probes, task=task, regime=regime))
+
+
+def _draw_latents(probes: pd.DataFrame) -> Figure:
+    """Rows: measures. Columns: latents, those that are needed first."""
+    arms = arms_in(where(probes, kind="latent"))
+    shown = _at_last_steps(probes)
+    measures = [measure for measure in ROWS if measure in set(shown["measure"])]
+    latents = shown[["latent", "needed"]].drop_duplicates()
+    latents = latents.sort_values("needed", ascending=False, kind="stable").to_numpy().tolist()
+    figure, axes = style.grid(
+        len(measures), len(latents), row_height=1.3, sharex=True, sharey="row"
+    )
+    summaries = []
+    for (latent, needed), panels in zip(latents, axes.T, strict=True):
+        for ax, measure in zip(panels, measures, strict=True):
+            rows = where(shown, latent=latent, measure=measure)
+            ax.axhline(CHANCE[measure], color=style.GREY, lw=0.5, zorder=0)
+            summaries.append(_panel(ax, rows, arms, "layer", shaded=True))
+        panels[0].set_title(style.wrap(f"latent {latent}" + ("" if needed else ", not needed")))
+        panels[-1].set_xlabel("Layer")
+        layer_axis(panels[-1], int(shown["layer"].max()))
+    for ax, measure in zip(axes[:, 0], measures, strict=True):
+        ax.set_ylabel(ROWS[measure])
+    style.letter_panels(axes)
+    style.legend(figure, _handles(arms, shown), style.seeds_note(*summaries))
+    return figure
+
+
+def _draw_settings(probes: pd.DataFrame) -> Figure:
+    """Rows: task and regime. Columns: AUROC and selectivity by layer, AUROC by step."""
     settings = settings_in(probes)
     columns = _columns(probes)
     figure, axes = style.grid(
@@ -69,9 +122,7 @@ def draw(source: str | Path | Tables) -> Figure:
             if column == "steps":
                 rows = _at_best_layer(ax, rows)
             else:
-                rows = rows[
-                    (rows["kind"] == "random_init") | rows.index.isin(final_steps(rows).index)
-                ]
+                rows = _at_last_steps(rows)
                 layer_axis(ax, int(probes["layer"].max()))
             summaries.append(_panel(ax, rows, arms, "step" if column == "steps" else "layer"))
             ax.set_ylabel("Selectivity" if column == "selectivity" else "AUROC")
@@ -82,13 +133,22 @@ def draw(source: str | Path | Tables) -> Figure:
         for ax in panels:
             _limits(ax, column, probes)
     style.letter_panels(axes)
-    handles = style.arm_handles(arms) + [
-        style.handle(label, color=FLOOR_COLOR, ls=dashes)
-        for kind, (dashes, label) in FLOORS.items()
-        if kind in set(auroc["kind"])
-    ]
-    style.legend(figure, handles, style.seeds_note(*summaries))
+    style.legend(figure, _handles(arms, auroc), style.seeds_note(*summaries))
     return figure
+
+
+def _handles(arms: list[str], shown: pd.DataFrame) -> list[Any]:
+    kinds = set(shown["kind"])
+    return style.arm_handles(arms) + [
+        style.handle(label, color=color, ls=dashes, lw=0.9)
+        for kind, (dashes, color, label) in BASELINES.items()
+        if kind in kinds
+    ]
+
+
+def _at_last_steps(rows: pd.DataFrame) -> pd.DataFrame:
+    """The network as initialised is a baseline at whatever step its rows bear."""
+    return rows[(rows["kind"] == "random_init") | rows.index.isin(final_steps(rows).index)]
 
 
 def _columns(probes: pd.DataFrame) -> list[str]:
@@ -110,20 +170,27 @@ def _at_best_layer(ax: Axes, rows: pd.DataFrame) -> pd.DataFrame:
     layer = int(means.index.to_numpy()[means.to_numpy().argmax()])
     step_axis(ax, where(rows, kind="latent")["step"].unique().tolist())
     ax.set_title(f"layer {layer}", loc="right", fontsize=7)
-    return where(rows, layer=layer)
+    return rows[(rows["layer"] == layer) | (rows["layer"] == SURFACE_LAYER)]
 
 
-def _panel(ax: Axes, rows: pd.DataFrame, arms: list[str], x: str) -> pd.DataFrame:
-    for kind, (dashes, _) in FLOORS.items():
-        floor = where(rows, kind=kind)
-        if floor.empty:
+def _panel(
+    ax: Axes, rows: pd.DataFrame, arms: list[str], x: str, *, shaded: bool = False
+) -> pd.DataFrame:
+    for kind, (dashes, color, _) in BASELINES.items():
+        baseline = where(rows, kind=kind)
+        if baseline.empty:
             continue
-        if x == "step":
-            ax.axhline(floor["value"].mean(), color=FLOOR_COLOR, ls=dashes, lw=0.8, zorder=1)
-        else:
-            means = floor.groupby(x)["value"].mean()
-            ax.plot(means.index, means, color=FLOOR_COLOR, ls=dashes, lw=0.8, zorder=1)
-    summary = over_seeds(rows[~rows["kind"].isin(list(FLOORS))], ["arm", x])
+        look = {"color": color, "ls": dashes, "lw": 0.9, "zorder": 1}
+        # Arms share a baseline: their rows are as good as more seeds of it.
+        means = over_seeds(baseline, ["layer"])
+        if x == "step" or kind.startswith("surface"):
+            ax.axhline(means["mean"].mean(), **look)
+            continue
+        ax.plot(means["layer"], means["mean"], **look)
+        if shaded and means["low"].notna().any():
+            band = (means["layer"], means["low"], means["high"])
+            ax.fill_between(*band, color=color, alpha=0.12, lw=0, zorder=0)
+    summary = over_seeds(where(rows, kind="latent"), ["arm", x])
     for arm in arms:
         style.curve(ax, where(summary, arm=arm), x, style.arm_styles(arms)[arm], markersize=3)
     return summary

@@ -112,6 +112,19 @@ def probe(
 
 
 @app.command()
+def erase(
+    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    task: Task,
+    out: Out,
+    after: After = None,
+    control: Control = None,
+    threads: Threads = 1,
+) -> None:
+    """What the decision loses when a latent is erased at a layer, beside two controls."""
+    _analyse("erasure", "erasure", before, after, control, task, out, threads)
+
+
+@app.command()
 def patch(
     before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
     task: Task,

@@ -76,6 +76,7 @@ class AnalysisSpec(StrictModel):
     probe_items: int = Field(3_000, ge=60)
     probe_folds: int = Field(5, ge=3)
     description_length: bool = True
+    erasure_items: int = Field(1_000, ge=60)
     patch_pairs: int = Field(128, ge=2)
     patch_grains: tuple[PatchGrain, ...] = ("resid_pre", "attn_out", "mlp_out", "head")
     circuit_steps: int = Field(5, ge=1)

@@ -28,6 +28,22 @@ class Eraser:
         return X @ self.projection.to(X).T + self.bias.to(X)
 
 
+@dataclass(frozen=True)
+class _Whitening:
+    """Coordinates of used directions in which `centred` has unit covariance, and the way back."""
+
+    centred: Float[Tensor, "n d"]
+    mean: Float[Tensor, " d"]
+    whiten: Float[Tensor, "r d"]
+    colour: Float[Tensor, "d r"]
+
+    def eraser(self, basis: Float[Tensor, "r k"]) -> Eraser:
+        """Removes the span of these orthonormal directions."""
+        removed = self.colour @ basis @ basis.T @ self.whiten
+        identity = torch.eye(len(removed)).to(removed)
+        return Eraser(identity - removed, removed @ self.mean, basis.shape[1])
+
+
 def fit_eraser(
     X: Float[Tensor, "n d"], Z: Float[Tensor, "n k"], *, tolerance: float = 1e-6
 ) -> Eraser:
@@ -38,19 +54,37 @@ def fit_eraser(
     """
     if X.ndim != 2 or Z.ndim != 2 or len(X) != len(Z):
         raise AnalysisError(f"Z: expected shape [{len(X)}, k], got {list(Z.shape)}")
-    X, Z = X.double(), Z.to(X.device).double()
     if not (X.isfinite().all() and Z.isfinite().all()):
         raise AnalysisError("X, Z: contain NaN or infinite values; remove those items")
-    mean = X.mean(0)
-    centred, concept = X - mean, Z - Z.mean(0)
-    variance, axes = torch.linalg.eigh(centred.T @ centred / len(X))
-    used = variance > tolerance**2 * variance.amax()
-    deviation, axes = variance[used].sqrt(), axes[:, used]
-    whiten, colour = (axes / deviation).T, axes * deviation
+    space, Z = _whiten(X, tolerance), Z.to(X.device).double()
+    concept = Z - Z.mean(0)
     spread = concept.square().mean(0).sqrt()
     concept = concept / torch.where(spread > 0, spread, 1.0)
-    correlation = whiten @ (centred.T @ concept) / len(X)
+    correlation = space.whiten @ (space.centred.T @ concept) / len(X)
     basis, strength, _ = torch.linalg.svd(correlation, full_matrices=False)
-    basis = basis[:, strength > tolerance]
-    removed = colour @ basis @ basis.T @ whiten
-    return Eraser(torch.eye(X.shape[1]).to(X) - removed, removed @ mean, basis.shape[1])
+    return space.eraser(basis[:, strength > tolerance])
+
+
+def random_eraser(
+    X: Float[Tensor, "n d"], rank: int, *, generator: torch.Generator, tolerance: float = 1e-6
+) -> Eraser:
+    """A control for `fit_eraser`: removes `rank` directions drawn uniformly after whitening `X`.
+
+    Raises AnalysisError where `X` has fewer directions than that.
+    """
+    space = _whiten(X, tolerance)
+    n_directions = len(space.whiten)
+    if not 0 <= rank <= n_directions:
+        raise AnalysisError(f"rank: must be 0 to {n_directions} here, got {rank}")
+    drawn = torch.randn(n_directions, rank, generator=generator, dtype=torch.float64)
+    return space.eraser(torch.linalg.qr(drawn.to(X.device)).Q)
+
+
+def _whiten(X: Float[Tensor, "n d"], tolerance: float) -> _Whitening:
+    X = X.double()
+    mean = X.mean(0)
+    centred = X - mean
+    variance, axes = torch.linalg.eigh(centred.T @ centred / len(X))
+    used = variance > max(tolerance**2 * float(variance.amax()), torch.finfo(X.dtype).tiny)
+    deviation, axes = variance[used].sqrt(), axes[:, used]
+    return _Whitening(centred, mean, (axes / deviation).T, axes * deviation)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, roc_auc_score
 
 from mechinterp.errors import AnalysisError
-from probes.erasure import fit_eraser
+from probes.erasure import fit_eraser, random_eraser
 from probes.logistic import fit_logistic
 
 
@@ -32,6 +34,40 @@ def test_no_probe_beats_the_base_rate_in_sample():
     left = fit_logistic(erased, Z, l2=1e-6, tol=1e-9).objective
     assert (readable < 0.8 * entropy).all()
     torch.testing.assert_close(left, entropy, rtol=1e-6, atol=0)
+
+
+def test_scikit_learn_finds_nothing_left():
+    """In sample and all but unpenalised: constant predictions, the loss of the base rates."""
+    X, Z = data()
+    labels = Z.argmax(1).numpy()
+    for features, found in ((X, True), (fit_eraser(X, Z)(X), False)):
+        features = ((features - features.mean(0)) / features.std(0)).numpy()
+        probe = LogisticRegression(C=1e6, tol=1e-10, max_iter=5000).fit(features, labels)
+        p = probe.predict_proba(features)
+        base = np.tile(Z.mean(0), (len(X), 1))
+        ratio = log_loss(labels, p) / log_loss(labels, base)
+        spread = p.std(0).max()
+        if found:
+            assert ratio < 0.7
+            assert roc_auc_score(labels, p, multi_class="ovr") > 0.8
+        else:
+            assert ratio == pytest.approx(1, abs=1e-6)
+            assert spread < 1e-3  # no scores to rank: the AUROC is that of rounding
+
+
+def test_a_random_eraser_removes_as_many_directions_and_leaves_the_concept():
+    X, Z = data(d=40)
+    own = fit_eraser(X, Z)
+    generator = torch.Generator().manual_seed(0)
+    control = random_eraser(X, own.rank, generator=generator)
+    assert control.rank == own.rank == 2
+    covariance = torch.linalg.matrix_rank(torch.cov(control(X).T), rtol=1e-9)
+    assert covariance == 40 - 2
+    assert fit_eraser(control(X), Z).rank == 2
+    torch.testing.assert_close(control(control(X)), control(X))
+    torch.testing.assert_close(control(X).mean(0), X.mean(0))
+    with pytest.raises(AnalysisError, match="rank: must be 0 to 40 here, got 41"):
+        random_eraser(X, 41, generator=generator)
 
 
 def test_equals_the_solution_by_lagrange_multipliers():

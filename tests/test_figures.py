@@ -528,7 +528,7 @@ def test_another_process_draws_the_same_bytes(small, drawn, drawn_in_full, tmp_p
     assert python("-c", code, PYTHONHASHSEED="1", TZ="Asia/Tokyo").returncode == 0
     written = [*drawn.written.values(), *drawn_in_full.written.values()]
     paths = [path for paths in written for path in paths]
-    assert len(paths) == len(figures.NAMES) + 3 * len(KINDS)
+    assert len(paths) == len(drawn.written) + 3 * len(KINDS)
     for path in paths:
         assert path.read_bytes() == (tmp_path / path.parent.name / path.name).read_bytes(), path
 

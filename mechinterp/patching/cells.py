@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.architectures import Block
+from mechinterp.interventions import Intervention, intervening
 from mechinterp.patching.plan import RESIDUAL_GRAINS, Plan
 from mechinterp.patching.suffix import RecordedRun, Suffix
 from mechinterp.sites import Site
@@ -202,16 +203,14 @@ class ProjectionPatches(Patches):
         self.meets_later = plan.grain in ("k", "v")
 
     def residuals(self, suffix: Suffix, layer: int, units: Tensor, items: Tensor) -> Resid:
-        def write(projected: Float[Tensor, "rows suffix heads d_head"]) -> None:
+        def write(projected: Float[Tensor, "rows suffix heads d_head"]) -> Tensor:
             self._write(projected, self.new[layer], self._kinds(units), items, suffix.start)
+            return projected
 
-        location = self.run.model.architecture.blocks[layer].location(Site(self.plan.grain, layer))
+        patch = Intervention(Site(self.plan.grain, layer), write)
         resid = self.run.resid[layer][:, suffix.start :].index_select(0, items)
-        hook = location.on_write(write)
-        try:
+        with intervening(self.run.model.architecture.blocks, [patch]):
             return suffix.block(layer, resid, items)
-        finally:
-            hook.remove()
 
 
 class NeuronPatches(Patches):

@@ -18,7 +18,7 @@ from probes.transfer import probe_transfer
 
 COLUMNS = (
     *("part", "layer", "latent", "needed", "measure"),
-    *("value", "low", "high", "p", "q", "null_low", "null_high"),
+    *("value", "low", "high", "p", "q", "null", "null_low", "null_high"),
 )
 
 
@@ -28,7 +28,7 @@ def measure_representation(
     """Tables `representation` and `latent_shifts` of two checkpoints on the same items.
 
     `representation`: part, layer, latent ("" where it is of no latent), needed, measure, value,
-    low, high, p, q, null_low, null_high; 95% intervals over groups of items. Parts are
+    low, high, p, q, null, null_low, null_high; 95% intervals over groups of items. Parts are
 
     - "own", "moved_forward", "moved_back": changes of the measures of probes, see `probes.paired`;
     - "direction": the cosine of the probes' directions, its ceiling and both corrected for noise,

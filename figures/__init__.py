@@ -24,6 +24,7 @@ NAMES = (
     "trajectories",
     "probes",
     "erasure",
+    "representation",
     "recovery",
     "cross_checkpoint",
     "crossing",

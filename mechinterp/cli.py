@@ -112,6 +112,19 @@ def probe(
 
 
 @app.command()
+def represent(
+    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    after: Annotated[Path, typer.Argument(help="Checkpoint directory to compare with.")],
+    task: Task,
+    out: Out,
+    control: Control = None,
+    threads: Threads = 1,
+) -> None:
+    """What training did to the representation: information lost, directions moved, geometry."""
+    _analyse("representation", "representation", before, after, control, task, out, threads)
+
+
+@app.command()
 def erase(
     before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
     task: Task,

@@ -23,6 +23,7 @@ STUDY_ARMS = (
     "ex_post_1.98",
 )
 STEPS = (0, 50, 100, 200, 400, 800, 1600)
+SHAPES = {"effective_rank": 5, "intrinsic_dimension": 7, "anisotropy": 0.5, "norm": 12}
 CURRENCIES = ("utility", "log_score")
 CELL = ["task", "regime", "costs", "currency", "loss"]
 
@@ -63,6 +64,8 @@ def study_tables(
         "patching": (ends, _patching, (n_layers, n_heads, latents, patched_roles)),
         "cross_checkpoint": (moved, _cross_checkpoint, (n_layers, roles)),
         "crossing": (moved, _crossing, (n_layers,)),
+        "representation": (moved, _representation, (n_layers, latents, unneeded)),
+        "latent_shifts": (moved, _latent_shifts, (latents, unneeded)),
         "grafts": (shown, _grafts, (n_layers, n_heads)),
         "calibration": ([key for key in keys if key[4] == last], _calibration, ()),
         "calibration_summary": ([key for key in keys if key[4] == last], _calibration_summary, ()),
@@ -471,6 +474,43 @@ def _grafts(task, regime, arm, seed, step, n_layers, n_heads):
             "total": total,
             "scale": 0.4,
         }
+
+
+def _representation(task, regime, arm, seed, step, n_layers, latents, unneeded):
+    key = _key(task, regime, arm, seed, step)
+    drift = 0.1 + 0.3 * _strength(arm)
+
+    def row(part, layer, measure, value, latent="", null=np.nan):
+        value = value + _noise("representation", *key.values(), part, layer, measure, latent)
+        cell = {"needed": latent in latents, "measure": measure, "value": float(value)}
+        bounds = {"low": value - 0.02, "high": value + 0.02, "q": 0.01 if drift > 0.2 else 0.4}
+        place = {"part": part, "layer": layer, "latent": latent}
+        return {**key, **place, **cell, **bounds, "null": null}
+
+    rows = []
+    for layer in range(1, n_layers + 1):
+        depth = layer / n_layers
+        for latent in (*latents, *unneeded):
+            for part, weight in (("own", 0.1), ("moved_forward", 1), ("moved_back", 1.1)):
+                rows.append(row(part, layer, "auroc", -weight * drift * depth, latent))
+            rows.append(row("direction", layer, "corrected", 1 - drift * depth, latent))
+        for measure, same, null in (("cka", 1, 0), ("procrustes", 0, 1.9), ("r2_forward", 1, 0)):
+            rows.append(row("similarity", layer, measure, abs(same - drift * depth), null=null))
+        for part, factor in (("geometry_before", 1), ("geometry_after", 1 + drift)):
+            for measure, value in SHAPES.items():
+                rows.append(row(part, layer, measure, factor * value * depth))
+    return rows
+
+
+def _latent_shifts(task, regime, arm, seed, step, latents, unneeded):
+    key = _key(task, regime, arm, seed, step)
+    rows = []
+    for latent in (*latents, *unneeded):
+        value = _strength(arm) + float(_noise("shifts", *key.values(), latent, scale=0.2))
+        cell = {"value": value, "low": value - 0.3, "high": value + 0.3}
+        names = {"latent": latent, "needed": latent in latents, "statistic": "reached"}
+        rows.append({**key, **names, **cell})
+    return rows
 
 
 def _circuit_edges(task, regime, arm, seed, step, n_layers, n_heads):

@@ -7,21 +7,20 @@ TransformerLens takes one prompt pair at a time, so more pairs cost it in propor
 gradients, which it lacks, are timed alone. Neither checks its scores against exact patches, as ours
 would by default.
 
-Times are CPU seconds of one thread: medians of the runs, and of the ratios within pairs of runs.
+Times are CPU seconds of one thread (with `--device cuda` wall seconds): medians of the runs, and of
+the ratios within pairs of runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from measuring import seconds as clock  # limits threads first
 
+# isort: split
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -35,7 +34,7 @@ N_POSITIONS, VOCABULARY = 16, 1000
 TOLERANCE = 1e-4  # of the largest score
 
 
-def network(seed: int) -> HookedModel:
+def network(seed: int, device: str = "cpu") -> HookedModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=192,
@@ -51,7 +50,7 @@ def network(seed: int) -> HookedModel:
         for parameter in model.parameters():  # or attention would be uniform
             if parameter.ndim == 2:
                 parameter.mul_(4)
-    return HookedModel(model)
+    return HookedModel(model.to(device))
 
 
 def theirs(model: HookedModel, pairs: dict[str, torch.Tensor], metric: LogitDifference) -> dict:
@@ -62,7 +61,9 @@ def theirs(model: HookedModel, pairs: dict[str, torch.Tensor], metric: LogitDiff
     )
 
     def score(logits: torch.Tensor, item: int) -> torch.Tensor:
-        return metric(logits[:, -1][:, metric.token_ids], torch.tensor([item]))[0]
+        return metric(
+            logits[:, -1][:, metric.token_ids], torch.tensor([item], device=model.device)
+        )[0]
 
     totals: dict = {}
     n_items = len(pairs["clean"])
@@ -102,15 +103,14 @@ def largest_difference(model: HookedModel, ours: EdgeAttribution, scores: dict) 
     return float(error / expected.nan_to_num().abs().max())
 
 
-def timed(run: Callable[[], object]) -> tuple[object, float]:
-    start = time.process_time()
+def timed(run: Callable[[], object], device: torch.device) -> tuple[object, float]:
+    start = clock(device)
     result = run()
-    return result, time.process_time() - start
+    return result, clock(device) - start
 
 
 def measure(model: HookedModel, n_items: int, n_pairs: int) -> None:
-    clean = torch.randint(VOCABULARY, (n_items, N_POSITIONS))
-    corrupt = torch.randint(VOCABULARY, (n_items, N_POSITIONS))
+    clean, corrupt = torch.randint(VOCABULARY, (2, n_items, N_POSITIONS)).to(model.device)
     pairs = {"clean": clean, "corrupt": corrupt}
     correct, wrong = torch.randint(VOCABULARY, (2, n_items))
     metric = logit_difference(correct=correct, wrong=wrong)
@@ -124,7 +124,7 @@ def measure(model: HookedModel, n_items: int, n_pairs: int) -> None:
     results = {label: run() for label, run in runs.items()}  # the first run is not timed
     for _ in range(n_pairs):
         for label, run in runs.items():
-            results[label], spent = timed(run)
+            results[label], spent = timed(run, model.device)
             seconds[label].append(spent)
     error = largest_difference(model, results["EAP by position"], results["TransformerLens"])
     both = results["EAP"].scores - results["EAP by position"].position_scores.sum(-1)
@@ -143,7 +143,7 @@ def measure(model: HookedModel, n_items: int, n_pairs: int) -> None:
         )
     for method, n_steps in (("EAP-IG-inputs", 5), ("EAP-IG-activations", 5)):
         run = partial(ours, method=method, n_steps=n_steps)
-        spent = statistics.median(timed(run)[1] for _ in range(n_pairs))
+        spent = statistics.median(timed(run, model.device)[1] for _ in range(n_pairs))
         print(f"{n_items:5}  {method + ', 5 steps':24} {spent:9.3f}", flush=True)
 
 
@@ -154,9 +154,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="pairs of runs (5)")
     parser.add_argument("--items", type=int, nargs="+", default=[1, 4], help="prompt pairs (1 4)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = network(options.seed)
+    model = network(options.seed, options.device)
     print(f"{Graph.of(model).n_edges} edges, {N_POSITIONS} positions")
     print("items  method                    ours (s)  TransformerLens   ratio  max diff")
     for n_items in options.items:

@@ -79,7 +79,7 @@ def main() -> None:
         print(name)
         print("pairs                  kept   forward (s) curve (s)   passes per point peak MB")
         if name == "gpt2":
-            report(HookedModel(network(options.seed).model.to(options.device)))
+            report(network(options.seed, options.device))
         else:
             with smollm2(options.smollm2_dir, options.device) as model:
                 report(model)

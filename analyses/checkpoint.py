@@ -11,8 +11,10 @@ import torch
 from analyses.calibration import measure_calibration
 from analyses.ladder import Ladder, ladder_table, latent_beliefs, losses_table, measure_ladder
 from analyses.probes import measure_probes
+from analyses.refits import refit_readout
 from analyses.streams import read_streams
 from mechinterp import decisions
+from mechinterp.arms import Refit
 from mechinterp.hooked import HookedModel
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Items, Task
@@ -20,10 +22,14 @@ from mechinterp.tasks.base import Items, Task
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a checkpoint: its decision shifted by `shift`, valued at `costs`."""
+    """One way to read a checkpoint: its decision shifted by `shift`, valued at `costs`.
+
+    With `refit` (of `mechinterp.refits`) its last layer is first refitted to them.
+    """
 
     costs: Mapping[str, decisions.Utility]
     shift: Sequence[float] | None = None
+    refit: Refit | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,10 @@ def measure_checkpoint(
     for arm, reading in readings.items():
         shift = torch.tensor(reading.shift or [0.0] * len(task.actions), dtype=torch.float64)
         shifted = replace(streams, action_logits=streams.action_logits + shift)
+        if reading.refit is not None:
+            (utility,) = reading.costs.values()
+            readout = refit_readout(model, task, reading.refit, utility=utility, spec=spec)
+            shifted = replace(streams, action_logits=readout(streams.normed[model.n_layers]))
         ladders[arm] = measure_ladder(
             shifted, items, task, costs=reading.costs, spec=spec, beliefs=beliefs
         )

@@ -142,10 +142,8 @@ def settings_in(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 def costs_of(arm: str) -> str | None:
     """The costs that an arm was made for: "w1.8" of "weighted_1.8" and "ex_post_1.8", else None."""
-    for prefix in ("weighted_", "ex_post_"):
-        if arm.startswith(prefix):
-            return f"w{arm.removeprefix(prefix)}"
-    return None
+    found = re.search(r"_(\d+(?:\.\d+)?)$", arm)
+    return f"w{found.group(1)}" if found else None
 
 
 def strength(costs: str | None) -> float:

@@ -12,7 +12,7 @@ from mechinterp.files import read_table
 from mechinterp.statistics import equivalence_test, sign_flip_test, t_interval
 
 if TYPE_CHECKING:
-    from mechinterp.study import Plan
+    from mechinterp.study_plan import Plan
 
 KEYS = ["task", "regime", "arm", "seed", "step"]
 CELL = ["task", "regime", "arm", "costs", "currency", "loss"]
@@ -64,12 +64,15 @@ def contrast_arms(
     before = losses.loc[losses["arm"] == "before", columns]
     control = final.loc[final["arm"] == "symmetric", columns]
     ex_post = final.loc[final["arm"].str.startswith("ex_post"), [*columns, "arm"]]
-    ex_post = ex_post.assign(arm=ex_post["arm"].str.replace("ex_post", "weighted"))
+    served = ex_post["arm"].str.removeprefix("ex_post_")
+    ex_post = ex_post.drop(columns="arm").assign(served=served)
     others = final[final["arm"] != "symmetric"]
+    serving = others[~others["arm"].str.startswith("ex_post")]
+    serving = serving.assign(served=serving["arm"].str.extract(r"_(\d[\d.]*)$", expand=False))
     changes = [
         _changes(final, before, "before"),
         _changes(others, control, "control"),
-        _changes(others, ex_post, "ex_post"),
+        _changes(serving, ex_post, "ex_post").drop(columns="served"),
     ]
     rows = []
     for cell, table in pd.concat(changes).groupby([*CELL, "reference"], sort=False):

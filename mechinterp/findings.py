@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,32 +25,31 @@ def summarise_study(
     void = {row["task"] for row in competence if not row["competent"]}
     not_powered = []
     contrasts = _records(tables["contrasts"])
-    for name in spec.weights:
-        for task in spec.tasks:
-            for regime in spec.regimes:
-                cell = {
-                    "task": task,
-                    "regime": regime,
-                    "arm": f"weighted_{name}",
-                    "costs": f"w{name}",
-                    "currency": "log_score",
-                }
-                rows = {
-                    (row["loss"], row["reference"]): row
-                    for row in contrasts
-                    if all(row[key] == value for key, value in cell.items())
-                }
-                text = _weighted(rows)
-                if task in void:
-                    text = f"Void: not every symmetric network knows the task. {text}"
-                paragraphs.append(
-                    {"heading": f"Weights {name} on {task}, {REGIMES[regime]}", "text": text}
-                )
-                if spec.seeds < spec.seeds_for_claims:
-                    not_powered.append(
-                        f"{task}, {REGIMES[regime]}, weights {name}: {spec.seeds} seeds; "
-                        f"a claim about the objective takes {spec.seeds_for_claims}"
-                    )
+    cells = itertools.product(spec.tasks, spec.weights, spec.regimes)
+    for task, name, regime in cells:
+        cell = {
+            "task": task,
+            "regime": regime,
+            "arm": f"weighted_{name}",
+            "costs": f"w{name}",
+            "currency": "log_score",
+        }
+        rows = {
+            (row["loss"], row["reference"]): row
+            for row in contrasts
+            if all(row[key] == value for key, value in cell.items())
+        }
+        if not rows:  # a task may leave weights and arms out
+            continue
+        text = _weighted(rows)
+        if task in void:
+            text = f"Void: not every symmetric network knows the task. {text}"
+        paragraphs.append({"heading": f"Weights {name} on {task}, {REGIMES[regime]}", "text": text})
+        if spec.seeds < spec.seeds_for_claims:
+            not_powered.append(
+                f"{task}, {REGIMES[regime]}, weights {name}: {spec.seeds} seeds; "
+                f"a claim about the objective takes {spec.seeds_for_claims}"
+            )
     return paragraphs, not_powered
 
 

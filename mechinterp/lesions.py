@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -35,7 +35,7 @@ def shift_actions(
     The unembedding has no bias: a readout direction that is 1 on all of `normed` (final-norm'ed
     residuals at decisions, as many as possible) stands in for it, found by least squares.
     """
-    lesioned = _untied_copy(model)
+    lesioned = untied_copy(model)
     one = constant_direction(normed)
     weight = lesioned.lm_head.weight
     with torch.no_grad():
@@ -59,7 +59,7 @@ def rotate_readout(
     """
     if len(actions) != 2:
         raise ModelError(f"rotate_readout: needs two actions, got {len(actions)}")
-    lesioned = _untied_copy(model)
+    lesioned = untied_copy(model)
     weight = lesioned.lm_head.weight
     x = normed.double()
     values, vectors = torch.linalg.eigh(torch.cov(x.T))
@@ -86,38 +86,12 @@ def erase_token(model: PreTrainedModel, token: int, *, like: Sequence[int]) -> L
     """Give `token` the mean embedding of the tokens `like`, which mean nothing.
 
     What only this token tells, such as which latent a value belongs to, is then gone from every
-    site at once: nothing downstream can compute it. Re-optimise the decision with `refit_readout`.
+    site at once: nothing downstream can compute it. `mechinterp.refits` re-optimises the decision.
     """
-    lesioned = _untied_copy(model)
+    lesioned = untied_copy(model)
     embedding = lesioned.model.embed_tokens.weight
     with torch.no_grad():
         embedding[token] = embedding[list(like)].mean(0)
-    return lesioned
-
-
-def refit_readout(
-    model: PreTrainedModel,
-    actions: Sequence[int],
-    *,
-    normed: Float[Tensor, "items d_model"],
-    labels: Int[Tensor, " items"],
-    ridge: float = 1e-5,
-) -> LlamaForCausalLM:
-    """Make the unembedding of two `actions` optimal in log score for what `normed` holds.
-
-    So that after a lesion of learning nothing is wrong with choosing.
-    """
-    from probes.logistic import fit_logistic
-
-    lesioned = _untied_copy(model)
-    fit = fit_logistic(normed, labels[:, None].double(), l2=ridge * len(labels))
-    one = constant_direction(normed).double()
-    difference = fit.coef[0] + fit.intercept[0] * one
-    weight = lesioned.lm_head.weight
-    with torch.no_grad():
-        middle = weight[list(actions)].mean(0)
-        weight[actions[0]] = middle - 0.5 * difference.to(weight)
-        weight[actions[1]] = middle + 0.5 * difference.to(weight)
     return lesioned
 
 
@@ -129,7 +103,7 @@ def rotate_residual_basis(
     Norm gains are first folded into the matrices that read behind them: without gains, RMSNorm
     commutes with any rotation.
     """
-    rotated = _untied_copy(model)
+    rotated = untied_copy(model)
     d_model = rotated.config.hidden_size
     gaussian = torch.randn(d_model, d_model, generator=generator, dtype=torch.float64)
     rotation = torch.linalg.qr(gaussian).Q
@@ -172,7 +146,7 @@ def _check_plain(matrix: nn.Linear) -> None:
         raise ModelError("lesions: only networks without biases, such as Llama, are supported")
 
 
-def _untied_copy(model: PreTrainedModel) -> Any:
+def untied_copy(model: PreTrainedModel) -> Any:
     """A LlamaForCausalLM whose unembedding can change without its embedding."""
     if not isinstance(model, LlamaForCausalLM):
         raise ModelError(f"lesions: only LlamaForCausalLM is supported, got {type(model).__name__}")

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from mechinterp import tasks
+from mechinterp.arms import ArmKind, Refit
 from mechinterp.errors import SpecError, TaskError, TrainingError
 from mechinterp.tasks.base import Task
 from mechinterp.training.config import ModelConfig, TrainingConfig, log_spaced_steps
@@ -80,6 +81,7 @@ class AnalysisSpec(StrictModel):
     patch_pairs: int = Field(128, ge=2)
     patch_grains: tuple[PatchGrain, ...] = ("resid_pre", "attn_out", "mlp_out", "head")
     circuit_steps: int = Field(5, ge=1)
+    refit_items: int = Field(6_000, ge=60)
     crossing_items: int = Field(6_000, ge=60)
     stitch_items: int = Field(1_000, ge=0)
     graft_items: int = Field(1_000, ge=2)
@@ -127,6 +129,8 @@ class StudyTask(TaskSpec):
     n_checkpoints: int = Field(6, ge=2, description="log-spaced, besides step 0")
     model: Annotated[ModelConfig, _known_keys(ModelConfig)] = ModelConfig()
     training: Annotated[TrainingConfig, _known_keys(TrainingConfig)] = TrainingConfig()
+    arms: tuple[ArmKind, ...] = Field((), description="none: the study's")
+    weights: tuple[str, ...] = Field((), description="names of the study's weights; none: all")
 
     def training_of(self, regime: str) -> TrainingConfig:
         n_steps = self.init_steps if regime == "from_init" else self.branch_steps
@@ -137,10 +141,12 @@ class StudyTask(TaskSpec):
 class StudySpec(StrictModel):
     """One finding: tasks x regimes x arms x seeds, and what is measured on each checkpoint.
 
-    `weights` maps a name such as "1.8" to the worth of each label; it makes the arms weighted_1.8
-    and ex_post_1.8 and the costs w1.8. `margin` is the share of the scale below which a change is
-    no damage, `competence` what the symmetric arm must reach, `seeds_for_claims` how many seeds a
-    claim about an objective takes.
+    `weights` maps a name such as "1.8" to the worth of each label; it makes the arms ex_post_1.8
+    and weighted_1.8 and the costs w1.8. `arms` are the kinds of training beside the control
+    (`mechinterp.arms`), `refits` the arms that refit the control's last layer
+    (`mechinterp.refits`). `margin` is the share of the scale below which a change is no damage,
+    `competence` what the symmetric arm must reach, `seeds_for_claims` how many seeds a claim about
+    an objective takes.
     """
 
     name: str
@@ -148,15 +154,18 @@ class StudySpec(StrictModel):
     seeds: int = Field(4, ge=1)
     regimes: tuple[Literal["branched", "from_init"], ...] = ("branched", "from_init")
     weights: dict[str, Weights]
+    arms: tuple[ArmKind, ...] = ("weighted",)
+    refits: tuple[Refit, ...] = ()
     tasks: dict[str, StudyTask]
     margin: float = Field(0.05, gt=0)
     competence: float = Field(0.9, gt=0, le=1)
     seeds_for_claims: int = Field(8, ge=2)
     presets: dict[str, dict[str, Any]] = {}
 
-    @property
-    def costs(self) -> dict[str, Weights]:
-        return {f"w{name}": weights for name, weights in self.weights.items()}
+    def weights_of(self, task: str) -> dict[str, Weights]:
+        """The weightings that a task is trained for."""
+        chosen = self.tasks[task].weights
+        return {name: self.weights[name] for name in chosen or self.weights}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -231,11 +240,17 @@ def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
             raise SpecError(f"{path}: presets: no preset {preset!r}; it has: {known}")
         spec = check(StudySpec, _overlay(raw, spec.presets[preset]), source=f"{path} ({preset})")
     for name, task in spec.tasks.items():
+        for chosen in task.weights:
+            if chosen not in spec.weights:
+                raise SpecError(
+                    f"{path}: tasks.{name}.weights: no weights {chosen!r}; the study has: "
+                    f"{', '.join(spec.weights)}"
+                )
         try:
             n_actions = len(task.make().actions)
         except TaskError as error:
             raise SpecError(f"{path}: tasks.{name}.settings: {error}") from error
-        for label, weights in spec.weights.items():
+        for label, weights in spec.weights_of(name).items():
             if len(weights) != n_actions:
                 raise SpecError(
                     f"{path}: weights.{label}: has {len(weights)} numbers, task {name!r} has "

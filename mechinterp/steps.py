@@ -88,19 +88,23 @@ def run_train(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
     """Train one arm; `after` is empty or holds the run whose last checkpoint it branches from."""
     from mechinterp import objectives
     from mechinterp.checkpoints import open_checkpoint
+    from mechinterp.training import sampling as samplings
     from mechinterp.training.config import ModelConfig, TrainingConfig
-    from mechinterp.training.supervised import train
+    from mechinterp.training.tuning import train_at_best_rate
 
     begun = time.monotonic()
     task, _ = _task_and_spec(inputs)
     start = open_checkpoint(checkpoint_path(after[0], inputs["start_step"])) if after else None
     # The run directory resumes by itself, so it is not written aside and renamed: step.json, last,
     # says that it is whole.
-    train(
+    sampling = inputs.get("sampling")
+    train_at_best_rate(
         task,
-        config=TrainingConfig(**inputs["training"]),
-        out=Path(directory) / "trajectory",
+        TrainingConfig(**inputs["training"]),
+        Path(directory),
+        factors=inputs.get("learning_rates", [1.0]),
         objective=objectives.get(**inputs["objective"]),
+        sampling=sampling and samplings.get(**sampling),
         seed=inputs["seed"],
         data_order=inputs["data_order"],
         model=None if start else ModelConfig(**inputs["model"]),
@@ -120,10 +124,10 @@ def run_checkpoint(directory: str, after: list[str], inputs: dict[str, Any]) -> 
     model = load(checkpoint_path(after[0], inputs["step"]))
     readings = {}
     for arm, reading in inputs["readings"].items():
-        costs = task_costs(task, reading["costs"])
-        if reading["shift"] is not None:  # made for its own costs, and meant for no others
+        costs, refit = task_costs(task, reading["costs"]), reading.get("refit")
+        if refit or reading["shift"]:  # made for its own costs, and meant for no others
             costs = {name: costs[name] for name in reading["costs"]}
-        readings[arm] = Reading(costs, reading["shift"])
+        readings[arm] = Reading(costs, reading["shift"], refit)
     measures = measure_checkpoint(
         model,
         task,

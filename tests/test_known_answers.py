@@ -12,8 +12,10 @@ from analyses.ladder import measure_ladder
 from analyses.streams import DecisionStreams, read_streams, task_costs
 from mechinterp import lesions, tasks
 from mechinterp.checkpoints import open_checkpoint, save_checkpoint, with_action_shift
+from mechinterp.decisions import diagonal_utility
 from mechinterp.hooked import HookedModel, load
 from mechinterp.randomness import derive_generator
+from mechinterp.refits import fold, retrain_classifier
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.triage import ABSENT, FIRST_MARKER, PRESENT
 from mechinterp.training.config import TrainingConfig
@@ -151,12 +153,10 @@ def test_erasure_of_one_needed_latent_is_learning(bench):
 
 def refit(bench, model):
     streams = read_streams(HookedModel.from_model(model), bench.other_items, bench.task)
-    return lesions.refit_readout(
-        model,
-        bench.task.actions,
-        normed=streams.normed[bench.model.n_layers],
-        labels=bench.other_items.labels,
-    )
+    normed = streams.normed[bench.model.n_layers]
+    symmetric = diagonal_utility((1.0, 1.0))
+    best = retrain_classifier(normed, bench.other_items.labels, utility=symmetric)
+    return fold(model, bench.task.actions, best, normed=normed)
 
 
 def test_erasure_in_the_last_layer_only_is_discarded(bench):

@@ -15,7 +15,8 @@ from tiny_study import write_spec
 
 from mechinterp.files import read_json, read_table
 from mechinterp.spec import load_study, load_task
-from mechinterp.study import make_plan, run_study
+from mechinterp.study import run_study
+from mechinterp.study_plan import make_plan
 
 TABLES = {
     *("calibration", "calibration_summary", "competence", "contrasts", "cross_checkpoint"),

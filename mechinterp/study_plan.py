@@ -1,0 +1,229 @@
+"""What a study asks for, as steps: which networks are trained, and what is measured on each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mechinterp.arms import CONTROL, REORDERED, Arm, trained_arms
+from mechinterp.decisions import diagonal_utility, ex_post_shift
+from mechinterp.spec import StudySpec, StudyTask
+from mechinterp.steps import Step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every step of a study. `runs` maps (task, regime, arm, seed) to its training step."""
+
+    spec: StudySpec
+    runs: dict[tuple[str, str, str, int], Step]
+    measures: tuple[Step, ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps once each: cells of a study may share one."""
+        return tuple({step.key: step for step in (*self.runs.values(), *self.measures)}.values())
+
+
+def make_plan(spec: StudySpec) -> Plan:
+    """What a spec asks for; runs nothing."""
+    runs: dict[tuple[str, str, str, int], Step] = {}
+    measures: list[Step] = []
+    for name in spec.tasks:
+        arms = {regime: arms_of(spec, name, regime) for regime in ("from_init", "branched")}
+        for seed in range(spec.seeds):
+            # The branched regime starts from the symmetric network that the other trains from init.
+            for regime in ("from_init", "branched"):
+                if regime == "branched" and regime not in spec.regimes:
+                    continue
+                for arm, how in arms[regime].items():
+                    if regime not in spec.regimes and arm != CONTROL:
+                        continue
+                    start = runs[name, "from_init", CONTROL, seed] if regime == "branched" else None
+                    runs[name, regime, arm, seed] = _train(
+                        spec, name, regime, arm, seed, how, start
+                    )
+            measures += _measures_of_seed(spec, name, seed, runs, arms)
+    return Plan(spec, runs, tuple(measures))
+
+
+def arms_of(spec: StudySpec, name: str, regime: str) -> dict[str, Arm]:
+    """The trained arms of a task in a regime, the control first."""
+    task = spec.tasks[name]
+    return trained_arms(
+        task.arms or spec.arms, spec.weights_of(name), regime=regime, task=task.make()
+    )
+
+
+def _task_inputs(task: StudyTask) -> dict[str, Any]:
+    return {"task": task.task, "settings": task.settings}
+
+
+def _train(
+    spec: StudySpec,
+    name: str,
+    regime: str,
+    arm: str,
+    seed: int,
+    how: Arm,
+    start: Step | None,
+) -> Step:
+    task = spec.tasks[name]
+    training = asdict(task.training_of(regime))
+    training = {**training, "betas": list(training["betas"])}
+    training["checkpoint_steps"] = list(training["checkpoint_steps"])
+    # A branch sees other data than the run it starts from; REORDERED other data again.
+    data_order = (regime == "branched") + (arm == REORDERED)
+    inputs = {
+        **_task_inputs(task),
+        "training": training,
+        "objective": how.objective,
+        "seed": seed,
+        "data_order": data_order,
+        "model": asdict(task.model) if start is None else None,
+        "start_step": task.init_steps if start else None,
+    }
+    if how.sampling is not None:
+        inputs["sampling"] = how.sampling
+    if how.learning_rates:
+        inputs["learning_rates"] = list(how.learning_rates)
+    labels = {"task": name, "regime": regime, "arm": arm, "seed": seed}
+    return Step("train", inputs, labels, (start,) if start else ())
+
+
+def _measures_of_seed(
+    spec: StudySpec,
+    name: str,
+    seed: int,
+    runs: dict[tuple[str, str, str, int], Step],
+    arms_by_regime: dict[str, dict[str, Arm]],
+) -> Iterator[Step]:
+    task = spec.tasks[name]
+    common = {**_task_inputs(task), "analysis": task.analysis.model_dump(mode="json")}
+    init_run = runs[name, "from_init", CONTROL, seed]
+    final = {"from_init": task.init_steps, "branched": task.branch_steps}
+
+    def labels(regime: str, arm: str, step: int) -> dict[str, Any]:
+        return {"task": name, "regime": regime, "arm": arm, "seed": seed, "step": step}
+
+    yield Step(
+        "competence",
+        {**common, "step": task.init_steps, "threshold": spec.competence},
+        {"task": name, "regime": "from_init", "seed": seed},
+        (init_run,),
+    )
+    for regime in spec.regimes:
+        arms = arms_by_regime[regime]
+        before = (init_run, 0 if regime == "from_init" else task.init_steps)
+        for arm, how in arms.items():
+            run = runs[name, regime, arm, seed]
+            steps = task.training_of(regime).checkpoint_steps
+            for step in (s for s in steps or () if s > 0):
+                if arm == REORDERED and step < final[regime]:
+                    continue
+                at = labels(regime, arm, step)
+                is_final = step == final[regime]
+                readings = _readings(spec, name, arm, how, is_final=is_final)
+                yield from _checkpoint_steps(common, readings, run, step, at, is_final=is_final)
+        # Step 0 is one network for all arms of a regime.
+        at = labels(regime, "before", 0)
+        readings = _readings(spec, name, "before", None, is_final=True)
+        yield from _checkpoint_steps(common, readings, *before, at, is_final=True)
+        for arm in ["before", *arms]:
+            run, step = (
+                before if arm == "before" else (runs[name, regime, arm, seed], final[regime])
+            )
+            if regime == "branched" or arm != "before":
+                at = labels(regime, arm, 0 if arm == "before" else step)
+                yield Step("recovery", {**common, "step": step}, at, (run,))
+        if regime == "branched":
+            for arm, how in arms.items():
+                reference = (
+                    (runs[name, regime, CONTROL, seed], final[regime])
+                    if arm == REORDERED
+                    else before
+                )
+                run = runs[name, regime, arm, seed]
+                at = labels(regime, arm, final[regime])
+                yield _pair_step(spec, common, name, arm, how, reference, (run, final[regime]), at)
+
+
+def _readings(
+    spec: StudySpec, name: str, arm: str, how: Arm | None, *, is_final: bool
+) -> dict[str, dict[str, Any]]:
+    """The ways in which a checkpoint of an arm is read, by the arm that each stands for.
+
+    An arm that serves one weighting is valued at its costs, the others at all. The control is read
+    once more per weighting with the ex-post shift, and where it ends with every refit of its last
+    layer: arms without training.
+    """
+    weights = spec.weights_of(name)
+    all_costs = {f"w{label}": list(values) for label, values in weights.items()}
+    shifts = {
+        label: ex_post_shift(diagonal_utility(values)).tolist() for label, values in weights.items()
+    }
+    if how is not None and how.weights is not None:
+        own = f"w{how.weights}"
+        shift = shifts[how.weights] if how.adjusted else None
+        return {arm: {"costs": {own: all_costs[own]}, "shift": shift}}
+    readings: dict[str, dict[str, Any]] = {arm: {"costs": all_costs, "shift": None}}
+    if arm != CONTROL:
+        return readings
+    for label in weights:
+        cost = {f"w{label}": all_costs[f"w{label}"]}
+        readings[f"ex_post_{label}"] = {"costs": cost, "shift": shifts[label]}
+        for refit in spec.refits if is_final else ():
+            readings[f"{refit}_{label}"] = {"costs": cost, "shift": None, "refit": refit}
+    return readings
+
+
+def _checkpoint_steps(
+    common: dict[str, Any],
+    readings: dict[str, dict[str, Any]],
+    run: Step,
+    step: int,
+    labels: dict[str, Any],
+    *,
+    is_final: bool,
+) -> Iterator[Step]:
+    """The measurements of one checkpoint: along the trajectory, and in full where an arm ends."""
+    analysis = common["analysis"]
+    sizes = {analysis["trajectory_items"]: False}
+    if is_final:
+        sizes[analysis["ladder_items"]] = True
+    for n_items, full in sizes.items():
+        inputs = {
+            **common,
+            "step": step,
+            "readings": readings,
+            "n_items": n_items,
+            "with_latents": is_final,
+            "with_probes": n_items == analysis["trajectory_items"],
+        }
+        # The readings name the arms, so the label must not.
+        at = {key: value for key, value in labels.items() if key != "arm"}
+        yield Step("checkpoint", inputs, {**at, "in_full": full}, (run,))
+
+
+def _pair_step(
+    spec: StudySpec,
+    common: dict[str, Any],
+    name: str,
+    arm: str,
+    how: Arm,
+    reference: tuple[Step, int],
+    after: tuple[Step, int],
+    labels: dict[str, Any],
+) -> Step:
+    """Crossing and cross-checkpoint patches: before with an arm, or the controls' null."""
+    null = arm == REORDERED
+    costs = {f"w{label}": list(values) for label, values in spec.weights_of(name).items()}
+    inputs = {
+        **common,
+        "steps": [reference[1], after[1]],
+        "costs": costs if how.weights is None else {f"w{how.weights}": costs[f"w{how.weights}"]},
+        "with_patches": not null,
+        "margin": spec.margin,
+    }
+    return Step("pair", inputs, {**labels, "null": null}, (reference[0], after[0]))

@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from analyses.ladder import Ladder
     from analyses.pair import Pair
 
-ANALYSES = ("ladder", "calibration", "probes", "patching", "cross_checkpoint", "crossing", "grafts")
+ANALYSES = (
+    *("ladder", "calibration", "probes", "representation"),
+    *("patching", "cross_checkpoint", "crossing", "grafts"),
+)
 COMPONENTS = ("threshold", "readout", "discarded", "not_encoded", "not_combined")
 EVIDENCE = {
     "ladder": "tables/losses.parquet, figures/ladder",
     "location": "tables/crossing.parquet, figures/crossing",
-    "representation": "tables/probes.parquet, figures/probes",
+    "representation": "tables/probes.parquet, tables/representation.parquet, figures/probes, "
+    "figures/representation",
     "circuit": "tables/patching.parquet, figures/recovery",
     "exchange": "tables/cross_checkpoint.parquet, figures/cross_checkpoint",
     "calibration": "tables/calibration_summary.parquet, figures/calibration",

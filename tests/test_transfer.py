@@ -90,7 +90,10 @@ def test_a_checkpoint_transfers_to_itself_as_its_own_probe_does():
     for row in own.itertuples():
         for pair in (("before", "after"), ("after", "before"), ("before", "before")):
             assert value[0, row.latent, *pair, row.measure] == pytest.approx(row.value, abs=1e-6)
-    assert transfer.directions.set_index("latent").cosine["turned"] == pytest.approx(1.0)
+    found = transfer.directions.set_index("latent")
+    assert found.cosine["turned"] == pytest.approx(1.0)
+    assert found.halves["turned"] == pytest.approx(found.ceiling["turned"])
+    assert found.ceiling["turned"] < 0.999
     table = paired_changes(transfer)
     assert table[["value", "low", "high"]].abs().max().max() < 1e-9
     assert (table["p"] == 1).all()

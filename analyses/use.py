@@ -28,7 +28,7 @@ from mechinterp.patching.metrics import ActionLogOdds, action_log_odds
 from mechinterp.progress import progress_bar
 from mechinterp.randomness import derive_generator
 from mechinterp.spec import AnalysisSpec
-from mechinterp.steering import SteeredPositions, metric_gradients, steer
+from mechinterp.steering import SteeredPositions, check_sites, metric_gradients, steer
 from mechinterp.tasks.base import Items, Task
 from probes.crossfit import ProbeConfig
 from probes.measures import Estimate, estimate, mean_estimate
@@ -54,8 +54,8 @@ class Use:
     q_zero (of no slope); null_low, null_high (95% of random directions), p, q (of a slope like
     theirs); deviation (the length of a step); saturation. q is over layers and latents.
 
-    Kinds are "logistic" and "mean_difference", and in `curves` also "random", in the length of the
-    logistic one. A latent of two values has one direction, towards the greater; of more one for
+    Kinds are "logistic" and "mean_difference", and in `curves` also "random", at the length of the
+    latter. A latent of two values has one direction, towards the greater; of more one for
     each `value`. `saturation` is the share by which the response from the lowest to the highest
     dose falls short of a straight line with the slope at 0 (0: none; NaN where the slope may be 0).
     """
@@ -99,6 +99,7 @@ def measure_use(
     are a harder standard than no slope: where most of the stream's variance is along the decision
     itself, they move the decision as well.
     """
+    check_sites(model, (), positions)
     fitted_on = task.sample(spec.probe_items, seed=spec.seed, split="train")
     items = task.sample(spec.erasure_items, seed=spec.seed, split="test")
     options = {"batch_size": spec.batch_size, "max_layers": spec.max_layers}
@@ -165,7 +166,8 @@ def favours(
 
     Where the task knows the posterior given this latent: against the latent's other values, all
     other latents as they are, so that a latent may argue either way, as one of an exclusive or
-    does. Elsewhere by how often `others` of that value have the label.
+    does. Elsewhere by how often `others` of that value have the label; of a latent that has
+    nothing to do with the label this is chance, and the sign of its slope says nothing.
     """
     label = items.likeliest_label[:, None]
     if latent in task.posterior_latents:
@@ -272,7 +274,7 @@ def _curves(
     steps: dict[Key, Tensor] = {}
     for key, direction in directions.items():
         steps[key] = direction.step
-        if key[3] == "logistic":
+        if key[3] == "mean_difference":
             for draw in range(N_RANDOM):
                 random = randoms[key[0]][draw] * direction.step.norm()
                 steps[(*key[:3], "random", draw)] = random

@@ -24,6 +24,7 @@ NAMES = (
     "trajectories",
     "probes",
     "erasure",
+    "use",
     "representation",
     "recovery",
     "cross_checkpoint",

@@ -125,7 +125,7 @@ def _layer(rows: pd.DataFrame, arms: list[str]) -> int:
     """Where the reference's slope is largest."""
     reference = next((arm for arm in REFERENCES if arm in arms), arms[0])
     slopes = over_seeds(where(rows, arm=reference, kind=KIND), ["layer"], "slope")
-    return int(slopes.loc[slopes["mean"].abs().idxmax(), "layer"])
+    return int(slopes["layer"].to_numpy()[slopes["mean"].abs().to_numpy().argmax()])
 
 
 def _responses(ax: Axes, rows: pd.DataFrame, arms: list[str], layer: int) -> None:

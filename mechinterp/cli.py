@@ -138,6 +138,21 @@ def erase(
 
 
 @app.command()
+def steer(
+    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    task: Task,
+    out: Out,
+    after: After = None,
+    control: Control = None,
+    positions: Annotated[str, typer.Option(help="decision or all: where to add.")] = "decision",
+    threads: Threads = 1,
+) -> None:
+    """Steer along each latent's direction: is what is decodable at a layer used there?"""
+    options = {"positions": positions}
+    _analyse("use", "use", before, after, control, task, out, threads, options=options)
+
+
+@app.command()
 def patch(
     before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
     task: Task,
@@ -331,7 +346,9 @@ def _analyse(
     out: Path,
     threads: int,
     changes: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> None:
+    from functools import partial
     from importlib import import_module
 
     from mechinterp.threads import limit_threads
@@ -340,7 +357,7 @@ def _analyse(
     from analyses.pair import write_analysis
 
     write_analysis(
-        import_module(f"analyses.{analysis}").pair_tables,
+        partial(import_module(f"analyses.{analysis}").pair_tables, **(options or {})),
         figure=figure,
         out=out,
         before=before,

@@ -61,6 +61,8 @@ def study_tables(
     rows = {
         "probes": (trained, _probes, (n_layers, latents, unneeded)),
         "erasure": (shown, _erasure, (n_layers, latents, unneeded)),
+        "use": (shown, _use, (n_layers, latents, unneeded)),
+        "use_slopes": (shown, _use_slopes, (n_layers, latents, unneeded)),
         "patching": (ends, _patching, (n_layers, n_heads, latents, patched_roles)),
         "cross_checkpoint": (moved, _cross_checkpoint, (n_layers, roles)),
         "crossing": (moved, _crossing, (n_layers,)),
@@ -326,6 +328,41 @@ def _erasure(task, regime, arm, seed, step, n_layers, latents, unneeded):
             "loss": lost,
             "low": lost - 0.03,
             "high": lost + 0.03,
+        }
+
+
+def _directions(n_layers, latents, unneeded):
+    for layer, latent, kind in itertools.product(
+        range(1, n_layers + 1), (*latents, *unneeded), ("logistic", "mean_difference")
+    ):
+        needed = latent in latents
+        where = {"layer": layer, "latent": latent, "needed": needed, "value": 1, "kind": kind}
+        yield where, 0.4 * layer * needed * (0.1 if kind == "logistic" else 1)
+
+
+def _use(task, regime, arm, seed, step, n_layers, latents, unneeded):
+    for where, slope in _directions(n_layers, latents, unneeded):
+        draws = [(where["kind"], 0), *([("random", 0)] if where["kind"] == "logistic" else [])]
+        for (kind, draw), dose in itertools.product(draws, (-4.0, -1.0, 0.0, 1.0, 4.0)):
+            effect = 3 * np.tanh(slope * dose / 3) if kind != "random" else 0.05 * dose
+            effect += (dose != 0) * _noise("use", arm, *where.values(), draw, dose)
+            yield {
+                **_key(task, regime, arm, seed, step),
+                **{**where, "kind": kind, "draw": draw, "dose": dose, "effect": effect},
+                **{"low": effect - 0.2, "high": effect + 0.2},
+            }
+
+
+def _use_slopes(task, regime, arm, seed, step, n_layers, latents, unneeded):
+    for where, slope in _directions(n_layers, latents, unneeded):
+        slope += _noise("use slopes", arm, *where.values())
+        auroc = 0.9 + _noise("use auroc", arm, *where.values())
+        yield {
+            **_key(task, regime, arm, seed, step),
+            **where,
+            **{"auroc": auroc, "auroc_low": auroc - 0.02, "auroc_high": auroc + 0.02},
+            **{"slope": slope, "low": slope - 0.1, "high": slope + 0.1},
+            **{"null_low": -0.3, "null_high": 0.3},
         }
 
 

@@ -384,6 +384,27 @@ def test_erasure_draws_the_loss_of_each_arm_beside_its_controls(pair):
         assert any(line == pytest.approx(expected) for line in drawn if len(line) == len(expected))
 
 
+def test_use_puts_decodability_beside_slopes_and_responses(pair):
+    figure = draw("use", pair)
+    left, middle, right = figure.axes[3 * 2 : 3 * 3]  # latent c
+    rows = pair["use_slopes"].query("latent == 'c'")
+    for ax, column in ((left, "auroc"), (middle, "slope")):
+        drawn = [np.asarray(line.get_ydata(), float).tolist() for line in ax.lines]
+        for _, cell in rows.groupby(["arm", "kind"]):
+            expected = cell.sort_values("layer")[column].tolist()
+            assert any(line == pytest.approx(expected) for line in drawn)
+    assert len(middle.collections) >= rows["arm"].nunique()  # the null's bands
+    best = rows.query("arm == 'before' and kind == 'mean_difference'")
+    best = int(best.loc[best["slope"].abs().idxmax(), "layer"])
+    assert [text.get_text() for text in right.texts if len(text.get_text()) > 1] == [
+        f"layer {best}"
+    ]
+    curves = pair["use"].query("latent == 'c' and layer == @best and kind != 'random'")
+    drawn = [np.asarray(line.get_ydata(), float).tolist() for line in right.lines]
+    for _, cell in curves.groupby(["arm", "kind"]):
+        assert any(line == pytest.approx(cell["effect"].tolist()) for line in drawn)
+
+
 def test_recovery_puts_roles_in_reading_order():
     units = ["decision", "head 10", "head 2", "row 0 col 10", "row 0 col 9", "start"]
     ordered = sorted(units, key=tables.natural_order)
@@ -543,7 +564,8 @@ def test_formats_do_not_depend_on_each_other(drawn, drawn_in_full):
 def test_files_are_named_after_figure_and_task(drawn):
     assert list(drawn.written) == [
         *("dissociation", "ladder", "trajectories"),
-        *("probes", "probes_triage", "erasure_triage", "recovery_triage"),
+        *("probes", "probes_triage", "erasure_triage", "use_triage", "representation_triage"),
+        "recovery_triage",
         *("cross_checkpoint", "crossing_triage", "crossing_triage_stitched"),
         *("grafts", "circuits", "calibration"),
     ]

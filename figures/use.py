@@ -144,14 +144,7 @@ def _responses(ax: Axes, rows: pd.DataFrame, arms: list[str], layer: int) -> Non
         ax.plot(thin["dose"], thin["mean"], color=looks[arm].color, lw=0.7, alpha=0.6)
         random = where(own, kind="random").groupby(["draw", "dose"])["effect"].mean().reset_index()
         ax.plot(random["dose"], random["effect"], "x", color=looks[arm].color, ms=2.5, mew=0.5)
-    ax.annotate(
-        f"layer {layer}",
-        xy=(0.03, 0.97),
-        xycoords="axes fraction",
-        ha="left",
-        va="top",
-        color=style.GREY,
-    )
+    ax.set_title(f"layer {layer}", loc="right", color=style.GREY)
 
 
 if __name__ == "__main__":

@@ -396,9 +396,7 @@ def test_use_puts_decodability_beside_slopes_and_responses(pair):
     assert len(middle.collections) >= rows["arm"].nunique()  # the null's bands
     best = rows.query("arm == 'before' and kind == 'mean_difference'")
     best = int(best.loc[best["slope"].abs().idxmax(), "layer"])
-    assert [text.get_text() for text in right.texts if len(text.get_text()) > 1] == [
-        f"layer {best}"
-    ]
+    assert right.get_title(loc="right") == f"layer {best}"
     curves = pair["use"].query("latent == 'c' and layer == @best and kind != 'random'")
     drawn = [np.asarray(line.get_ydata(), float).tolist() for line in right.lines]
     for _, cell in curves.groupby(["arm", "kind"]):

@@ -74,8 +74,12 @@ def capturing(
 
     With `grad` the captured tensors are the ones that the network goes on with, at every site and
     position, so that `torch.autograd.grad(metric, captured)` works.
+
+    Raises:
+        ModelError: on leaving, the blocks ran past a site without writing it.
     """
     captured: dict[Site, Tensor] = {}
+    sites = tuple(sites)
     with ExitStack() as hooks:
         for site in sites:
             location = blocks[site.layer].location(site)
@@ -95,6 +99,11 @@ def capturing(
             handle = location.on_write(pass_through) if grad else location.on_read(see)
             hooks.callback(handle.remove)
         yield captured
+    if silent := [site for site in sites if site not in captured]:
+        raise ModelError(
+            f"{silent[0]}: was not written during the run; is the network's code what its "
+            "architecture says?"
+        )
 
 
 @contextmanager

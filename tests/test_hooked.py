@@ -446,6 +446,13 @@ def test_an_intervention_that_fires_twice_is_an_error():
         )
 
 
+def test_a_site_that_is_not_written_is_an_error(monkeypatch):
+    hooked = HookedModel(tiny_model("llama"), self_test=False)
+    monkeypatch.setattr(hooked, "_run_blocks", lambda resid, *_: resid)
+    with pytest.raises(ModelError, match=r"mlp_out.0: was not written"):
+        hooked.capture(random_tokens(1, 4), "mlp_out.0")
+
+
 def test_an_exception_leaves_no_hooks():
     model = tiny_model("gpt2")
     hooked = HookedModel(model)

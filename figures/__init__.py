@@ -23,6 +23,7 @@ NAMES = (
     "ladder",
     "trajectories",
     "probes",
+    "probe_positions",
     "erasure",
     "use",
     "representation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -31,6 +32,13 @@ Control = Annotated[
 ]
 After = Annotated[Optional[Path], typer.Argument(help="A second checkpoint, to compare.")]  # noqa: UP045
 Threads = Annotated[int, typer.Option(help="Threads for tensor arithmetic.", min=1)]
+
+
+class Positions(enum.StrEnum):
+    """Where along the prompt to probe."""
+
+    decision = "decision"
+    all = "all"
 
 
 @app.command()
@@ -105,10 +113,14 @@ def probe(
     out: Out,
     after: After = None,
     control: Control = None,
+    positions: Annotated[
+        Positions, typer.Option(help="The decision's alone, or all: a map by layer and position.")
+    ] = Positions.decision,
     threads: Threads = 1,
 ) -> None:
     """Linear probes for every latent at every layer, beside a control task and a random network."""
-    _analyse("probes", "probes", before, after, control, task, out, threads)
+    analysis = "probes" if positions is Positions.decision else "probe_positions"
+    _analyse(analysis, analysis, before, after, control, task, out, threads)
 
 
 @app.command()

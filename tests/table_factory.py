@@ -60,6 +60,7 @@ def study_tables(
     shown = [key for key in ends if key[2] in ("symmetric", "weighted_1.98") and key[3] == 0]
     rows = {
         "probes": (trained, _probes, (n_layers, latents, unneeded)),
+        "probe_positions": (shown, _probe_positions, (n_layers, latents, unneeded, roles)),
         "erasure": (shown, _erasure, (n_layers, latents, unneeded)),
         "use": (shown, _use, (n_layers, latents, unneeded)),
         "use_slopes": (shown, _use_slopes, (n_layers, latents, unneeded)),
@@ -302,6 +303,35 @@ def _probes(task, regime, arm, seed, step, n_layers, latents, unneeded):
                 "measure": measure,
                 "value": value,
             }
+
+
+def _probe_positions(task, regime, arm, seed, step, n_layers, latents, unneeded, roles):
+    surface = [(-1, f"surface_{design}") for design in ("token", "bag", "ordered")]
+    cells = [(layer, kind) for layer in range(n_layers + 1) for kind in ("latent", "control")]
+    changes = [(layer, "change") for layer in range(n_layers + 1) if arm == "weighted_1.98"]
+    for (layer, kind), (position, unit), latent in itertools.product(
+        (*cells, *surface, *changes), enumerate(roles), (*latents, *unneeded)
+    ):
+        if unit == "start" or (unit == "decision" and layer == 0):
+            continue  # all items are the same there
+        base = 0.0 if kind == "change" else 0.5
+        share = layer / n_layers * position / len(roles)
+        value = base + (0.0 if kind == "control" else -0.2 if kind == "change" else 0.45) * share
+        value += _noise("positions", arm, layer, kind, unit, latent)
+        yield {
+            **_key(task, regime, arm, seed, step),
+            "layer": layer,
+            "unit": unit,
+            "position": float(position),
+            "latent": latent,
+            "needed": latent in latents,
+            "kind": kind,
+            "measure": "auroc",
+            "value": value,
+            "low": value - 0.05,
+            "high": value + 0.05,
+            "p_map": 0.01 if abs(value - base) > 0.05 else 0.5,
+        }
 
 
 def _erasure(task, regime, arm, seed, step, n_layers, latents, unneeded):

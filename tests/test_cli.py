@@ -196,6 +196,17 @@ def test_single_instruments(capsys, pair, tmp_path):
         assert f"{table}.parquet" in printed
 
 
+def test_probes_along_the_prompt(capsys, pair, tmp_path):
+    arguments = ("probe", pair / "before", pair / "after", "--task", pair / "task.yaml")
+    status, printed, _ = run(capsys, *arguments, "--positions", "all", "--out", tmp_path)
+    assert status == 0
+    assert "probe_positions.parquet" in printed
+    table = read_table(tmp_path / "tables" / "probe_positions.parquet")
+    assert "change" in set(table["kind"])
+    assert {"start", "decision"} & set(table["unit"]) == {"decision"}  # all start the same
+    assert (tmp_path / "figures" / "probe_positions_triage.svg").is_file()
+
+
 def test_grains_to_patch_can_be_chosen(capsys, pair, tmp_path):
     arguments = ("patch", pair / "before", "--task", pair / "task.yaml", "--out", tmp_path)
     assert run(capsys, *arguments, "--grain", "q", "--grain", "resid_mid")[0] == 0

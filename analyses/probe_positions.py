@@ -184,7 +184,7 @@ class PositionMap:
 
 def _p(null: Float[Tensor, " m"], observed: Tensor) -> float:
     # Sums in another order differ in the last bits: such a tie is a tie.
-    return float(((null >= observed - 1e-9).sum() + 1) / (len(null) + 1))
+    return (int((null >= observed - 1e-9).sum()) + 1) / (len(null) + 1)
 
 
 def map_positions(

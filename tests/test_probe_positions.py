@@ -180,16 +180,16 @@ def test_units_are_the_roles_where_they_stand():
 def test_noise_is_marked_readable_in_one_map_of_twenty():
     items = bits(60)
     n_false, n_maps = 0, 0
-    for seed in range(10):
+    for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
-        noise = [(layer, torch.randn(60, 6, 4, generator=generator)) for layer in (0,)]
+        noise = [(layer, torch.randn(60, 6, 2, generator=generator)) for layer in range(4)]
         options = {"n_folds": 3, "n_permutations": 39, "seed": seed}
         found = map_positions(noise, items, control_types=torch.arange(60), **options)
         table = found.to_table().query("kind == 'latent' and measure == 'auroc'")
         smallest = table.groupby("latent").p_map.min()
         n_false, n_maps = n_false + int((smallest <= 0.05).sum()), n_maps + len(smallest)
-    assert n_maps == 30
-    assert n_false <= 5  # P(more) < 1% where 5% are false
+    assert n_maps == 18
+    assert n_false <= 4  # P(more) < 1% where 5% are false
 
 
 def test_reading_through_the_store_is_reading_in_memory():

@@ -94,7 +94,7 @@ def _draw_latents(probes: pd.DataFrame) -> Figure:
             rows = where(shown, latent=latent, measure=measure)
             ax.axhline(CHANCE[measure], color=style.GREY, lw=0.5, zorder=0)
             summaries.append(_panel(ax, rows, arms, "layer", shaded=True))
-        panels[0].set_title(style.wrap(f"latent {latent}" + ("" if needed else ", not needed")))
+        panels[0].set_title(style.wrap(f"latent {latent}" + ("" if needed else ", not needed"), 14))
         panels[-1].set_xlabel("Layer")
         layer_axis(panels[-1], int(shown["layer"].max()))
     for ax, measure in zip(axes[:, 0], measures, strict=True):

@@ -562,8 +562,8 @@ def test_formats_do_not_depend_on_each_other(drawn, drawn_in_full):
 def test_files_are_named_after_figure_and_task(drawn):
     assert list(drawn.written) == [
         *("dissociation", "ladder", "trajectories"),
-        *("probes", "probes_triage", "erasure_triage", "use_triage", "representation_triage"),
-        "recovery_triage",
+        *("probes", "probes_triage", "probe_positions_triage", "erasure_triage", "use_triage"),
+        *("representation_triage", "recovery_triage"),
         *("cross_checkpoint", "crossing_triage", "crossing_triage_stitched"),
         *("grafts", "circuits", "calibration"),
     ]

@@ -45,7 +45,7 @@ def test_a_preset_lies_over_the_spec():
 @pytest.mark.parametrize(
     ("path", "new", "message"),
     [
-        (["nose"], 1, "nose: unknown key; known here: competence"),
+        (["nose"], 1, "nose: unknown key; known here: arms"),
         (["seeds"], "many", "seeds: .*integer.*'many'"),
         (["seeds"], 0, "seeds: .*greater than or equal to 1"),
         (["tasks", "triage", "task"], None, "tasks.triage.task: missing"),

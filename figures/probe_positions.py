@@ -86,7 +86,7 @@ def draw(
     figure, axes = style.grid(
         len(latents),
         len(columns),
-        row_height=float(np.clip(0.1 * places.height, 1.0, 1.9)),
+        row_height=float(np.clip(0.1 * places.height, 1.0, 1.6)),
         margin=1.1,
         sharex=True,
         sharey=True,
@@ -114,7 +114,8 @@ def draw(
     figure.align_ylabels(axes[:, 0])
     places.label(axes)
     style.letter_panels(axes)
-    note = f"{style.setting_line(task, regime)}. {style.seeds(*summaries)}"
+    setting = style.wrap(task) if regime == "pair" else style.setting_line(task, regime)
+    note = f"{setting}. {style.seeds(*summaries)}"
     note += "; layers above, the tokens alone below; crosses: not distinguishable from chance"
     style.legend(figure, [], f"{note}; grey: nothing varies.")
     return figure

@@ -157,6 +157,7 @@ class StudySpec(StrictModel):
     arms: tuple[ArmKind, ...] = ("weighted",)
     refits: tuple[Refit, ...] = ()
     tasks: dict[str, StudyTask]
+    only: tuple[str, ...] = Field((), description="names of the tasks to run; none: all")
     margin: float = Field(0.05, gt=0)
     competence: float = Field(0.9, gt=0, le=1)
     seeds_for_claims: int = Field(8, ge=2)
@@ -239,6 +240,12 @@ def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
             known = ", ".join(spec.presets) or "none"
             raise SpecError(f"{path}: presets: no preset {preset!r}; it has: {known}")
         spec = check(StudySpec, _overlay(raw, spec.presets[preset]), source=f"{path} ({preset})")
+    if unknown := [name for name in spec.only if name not in spec.tasks]:
+        raise SpecError(
+            f"{path}: only: no task {unknown[0]!r}; the study has: {', '.join(spec.tasks)}"
+        )
+    if spec.only:
+        spec = spec.model_copy(update={"tasks": {name: spec.tasks[name] for name in spec.only}})
     for name, task in spec.tasks.items():
         for chosen in task.weights:
             if chosen not in spec.weights:

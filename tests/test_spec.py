@@ -10,6 +10,7 @@ import yaml
 
 from mechinterp.errors import SpecError
 from mechinterp.spec import load_study, load_task
+from mechinterp.study_plan import make_plan
 
 MAIN = Path(__file__).parents[1] / "studies" / "main.yaml"
 
@@ -100,3 +101,21 @@ def test_task_by_name_or_file(tmp_path):
     assert load_task(path).make().n_decoys == 2  # type: ignore[attr-defined]
     with pytest.raises(SpecError, match="neither a task"):
         load_task("tirage")
+
+
+def test_a_preset_may_leave_tasks_out(tmp_path):
+    raw = yaml.safe_load(MAIN.read_text())
+    raw["presets"]["one"] = {"only": ["digits"]}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert list(load_study(path, preset="one").tasks) == ["digits"]
+    assert len(load_study(path).tasks) == len(raw["tasks"])
+    path.write_text(yaml.safe_dump({**raw, "only": ["chess"]}))
+    with pytest.raises(SpecError, match="only: no task 'chess'; the study has: digits, triage"):
+        load_study(path)
+
+
+@pytest.mark.parametrize("path", sorted(MAIN.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_that_is_shipped_can_be_planned(path):
+    for preset in (None, "quick", "full"):
+        assert make_plan(load_study(path, preset=preset)).steps

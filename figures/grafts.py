@@ -93,7 +93,10 @@ def draw(source: str | Path | Tables) -> Figure:
         style.handle("the whole network", color=style.GREY),
         style.handle("not distinguishable from zero", marker="x", ms=2.5, mew=0.6, ls="none"),
     ]
-    note = "Changes from before to after in % of oracle − constant; bars: 95% interval over items."
+    note = (
+        "Changes from before to after in % of oracle − constant; maps: mean of both directions; "
+        "bars: 95% interval over items."
+    )
     style.legend(figure, handles, note)
     return figure
 

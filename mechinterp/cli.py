@@ -28,7 +28,7 @@ Task = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="Directory for tables, figures and report.")]
 Control = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads annotations at run time
-    typer.Option(help="Checkpoint of the control arm: the verdict is then on AFTER against it."),
+    typer.Option(help="Checkpoint of the control arm, which AFTER is then compared with."),
 ]
 After = Annotated[Optional[Path], typer.Argument(help="A second checkpoint, to compare.")]  # noqa: UP045
 Threads = Annotated[int, typer.Option(help="Threads for tensor arithmetic.", min=1)]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mechinterp.tasks.base import Task
 
 # Raise a number when the step's results change for the same inputs.
-VERSIONS = {"train": 1, "checkpoint": 4, "recovery": 2, "pair": 2, "competence": 1, "compare": 4}
+VERSIONS = {"train": 1, "checkpoint": 4, "recovery": 3, "pair": 2, "competence": 1, "compare": 5}
 
 
 @dataclass(frozen=True)

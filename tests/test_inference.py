@@ -314,3 +314,22 @@ def test_refusals():
     ):
         with pytest.raises(AnalysisError, match=match):
             bad()
+
+
+@pytest.mark.parametrize("n_touched", [1, 2, 5, 9])
+def test_a_few_effects_among_zeros_have_the_t_interval(n_touched):
+    """Most pairs can be untouched by a patch; studentised resamples of the rest explode."""
+    effects = torch.zeros(48, 2, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(n_touched)
+    effects[:n_touched] = 1 + torch.randn(n_touched, 2, generator=generator, dtype=torch.float64)
+    found, student = infer_map(effects), infer_map(effects, interval="student")
+    torch.testing.assert_close(found.high, student.high)
+    torch.testing.assert_close(found.low, student.low)
+    assert float(found.high.max()) < 3
+
+
+def test_resamples_of_equal_values_do_not_explode():
+    effects = torch.full((40, 1), 0.1, dtype=torch.float64)
+    effects[:3] = torch.tensor([[0.4], [0.1 + 1e-3], [0.2]], dtype=torch.float64)
+    found = infer_map(effects)
+    assert -10 < float(found.low) < float(found.high) < 10

@@ -165,6 +165,7 @@ def mean_intervals(
         interval: "bootstrap_t" and "bca" (Efron and Tibshirani 1993, chapters 12.5 and 14.3) are
             second-order correct, where the percentile bootstrap is not; "student" is the t interval
             with the linearised standard error of a mean of groups, enough for thousands of units.
+            Cells where fewer than ten units, and not all, differ from zero get the t interval.
     """
     units = Units.of(effects, groups)
     bounds = intervals(units, interval, level, n_resamples, seed, memory_mb)

@@ -23,6 +23,8 @@ from mechinterp.statistics import MAX_EXACT
 INTERVALS = ("bootstrap_t", "bca", "student")
 _ROWS = 512  # resamples or sign flips in one matrix product
 _TIE = 1e-9  # relative; equal sums are rounded in different orders
+_NO_SPREAD = 1e-6  # of the observed error: what rounding leaves of a resample of equal values
+_FEW = 10  # units that are not zero, below which a cell's own resamples say too little
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Units:
         """Cells where not every effect is zero, or absent."""
         return (self.sums != 0).any(0)
 
-    def cells(self, chunk: slice) -> tuple[np.ndarray, np.ndarray]:
+    def cells(self, chunk: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The deviations from the mean and the sizes of some cells."""
         sizes = self.sizes if self.sizes.shape[1] == 1 else self.sizes[:, chunk]
         return self.sums[:, chunk] - np.nan_to_num(self.mean[chunk]) * sizes, sizes
@@ -96,7 +98,14 @@ def intervals(
         deviations, sizes = units.cells(chunk)
         below, above = bounds(deviations, sizes, level, n_resamples, seed)
         low[chunk], high[chunk] = units.mean[chunk] + below, units.mean[chunk] + above
-    few = np.broadcast_to(units.present.sum(0) < 2, n_cells)
+    # Most units of a counterfactual map can be untouched by a patch. Resamples of a few effects
+    # among zeros have an error near 0 again and again, and studentising by it explodes.
+    n_present = units.present.sum(0)
+    sparse = (units.sums != 0).sum(0) < np.minimum(n_present, _FEW)
+    if sparse.any():
+        below, above = _student(*units.cells(sparse), level)
+        low[sparse], high[sparse] = units.mean[sparse] + below, units.mean[sparse] + above
+    few = np.broadcast_to(n_present < 2, n_cells)
     low[few] = high[few] = np.nan
     return low, high
 
@@ -105,15 +114,16 @@ def _bootstrap_t(
     sums: np.ndarray, sizes: np.ndarray, level: float, n_resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds of the mean less its estimate; `sums` are deviations from it."""
+    observed = _mean_and_error(np.ones((1, len(sums))), sums, sizes)[1][0]
     studentised = np.empty((n_resamples, sums.shape[1]))
     for rows, counts in _resamples(len(sums), n_resamples, seed):
         deviation, error = _mean_and_error(counts, sums, sizes)
         with np.errstate(invalid="ignore"):
-            studentised[rows] = deviation / np.where(error <= 0, np.inf, error)
+            flat = error <= _NO_SPREAD * observed
+            studentised[rows] = deviation / np.where(flat, np.inf, error)
     tail = 0.5 - level / 2
     lower, upper = _quantiles(studentised, [tail, 1 - tail])
-    error = _mean_and_error(np.ones((1, len(sums))), sums, sizes)[1][0]
-    return -upper * error, -lower * error
+    return -upper * observed, -lower * observed
 
 
 def _bca(

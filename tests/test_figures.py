@@ -362,7 +362,7 @@ def test_probes_of_one_task_have_a_column_per_latent_and_every_baseline(pair):
     rows = pair["probes"].query("measure == 'auroc' and latent == 'b'")
     assert [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")] == [
         *(f"latent {name}" for name in "abcd"),
-        "latent e, not needed",
+        "latent e, not\nneeded",
     ]
     ax = figure.axes[1]
     assert ax.get_xlim()[0] > 0

@@ -316,7 +316,7 @@ def test_refusals():
             bad()
 
 
-@pytest.mark.parametrize("n_touched", [1, 2, 5, 9])
+@pytest.mark.parametrize("n_touched", [1, 2, 4])
 def test_a_few_effects_among_zeros_have_the_t_interval(n_touched):
     """Most pairs can be untouched by a patch; studentised resamples of the rest explode."""
     effects = torch.zeros(48, 2, dtype=torch.float64)

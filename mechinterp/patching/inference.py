@@ -165,7 +165,8 @@ def mean_intervals(
         interval: "bootstrap_t" and "bca" (Efron and Tibshirani 1993, chapters 12.5 and 14.3) are
             second-order correct, where the percentile bootstrap is not; "student" is the t interval
             with the linearised standard error of a mean of groups, enough for thousands of units.
-            Cells where fewer than ten units, and not all, differ from zero get the t interval.
+            It also stands in for bootstrap-t where a cell rests on few units, (sum |x|)^2 / sum x^2
+            below a third of 16 or of those present: their studentised resamples explode.
     """
     units = Units.of(effects, groups)
     bounds = intervals(units, interval, level, n_resamples, seed, memory_mb)

@@ -24,7 +24,7 @@ INTERVALS = ("bootstrap_t", "bca", "student")
 _ROWS = 512  # resamples or sign flips in one matrix product
 _TIE = 1e-9  # relative; equal sums are rounded in different orders
 _NO_SPREAD = 1e-6  # of the observed error: what rounding leaves of a resample of equal values
-_FEW = 10  # units that are not zero, below which a cell's own resamples say too little
+_MANY = 16  # units; a cell that rests on a third of them, or of its own if fewer, can be resampled
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,13 @@ class Units:
         """Cells where not every effect is zero, or absent."""
         return (self.sums != 0).any(0)
 
+    @property
+    def effective(self) -> np.ndarray:
+        """How many units a cell's effects rest on, (sum |x|)^2 / sum x^2: n if all are equal."""
+        squares = (self.sums**2).sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(squares > 0, np.abs(self.sums).sum(0) ** 2 / squares, 0.0)
+
     def cells(self, chunk: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The deviations from the mean and the sizes of some cells."""
         sizes = self.sizes if self.sizes.shape[1] == 1 else self.sizes[:, chunk]
@@ -98,11 +105,11 @@ def intervals(
         deviations, sizes = units.cells(chunk)
         below, above = bounds(deviations, sizes, level, n_resamples, seed)
         low[chunk], high[chunk] = units.mean[chunk] + below, units.mean[chunk] + above
-    # Most units of a counterfactual map can be untouched by a patch. Resamples of a few effects
-    # among zeros have an error near 0 again and again, and studentising by it explodes.
+    # Most units of a counterfactual map can be next to untouched by a patch. Resamples of a few
+    # effects among zeros have an error near 0 again and again, and studentising by it explodes.
     n_present = units.present.sum(0)
-    sparse = (units.sums != 0).sum(0) < np.minimum(n_present, _FEW)
-    if sparse.any():
+    sparse = units.effective < np.minimum(n_present, _MANY) / 3
+    if interval == "bootstrap_t" and sparse.any():
         below, above = _student(*units.cells(sparse), level)
         low[sparse], high[sparse] = units.mean[sparse] + below, units.mean[sparse] + above
     few = np.broadcast_to(n_present < 2, n_cells)

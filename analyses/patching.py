@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,7 +34,7 @@ from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import CounterfactualPairs, Task
 
 # Fewer than the defaults: a study has many maps, each with one for every latent.
-RESAMPLING = {"n_flips": 10_000, "n_resamples": 2_000}
+RESAMPLING: dict[str, Any] = {"n_flips": 10_000, "n_resamples": 2_000}
 
 
 @dataclass(frozen=True)

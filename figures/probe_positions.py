@@ -86,8 +86,8 @@ def draw(
     figure, axes = style.grid(
         len(latents),
         len(columns),
-        row_height=float(np.clip(0.1 * places.height, 1.0, 1.6)),
-        margin=1.1,
+        row_height=float(np.clip(0.13 * places.height, 1.2, 1.6)),
+        margin=1.5,
         sharex=True,
         sharey=True,
     )

@@ -93,7 +93,8 @@ def draw(
         len(grains),
         len(maps[0]),
         width=style.FULL_WIDTH if len(maps[0]) > 1 else style.SINGLE_COLUMN,
-        row_height=float(pitch * np.mean(heights)) + 0.12,
+        # In one column the note above the panels takes several lines from them.
+        row_height=float(pitch * np.mean(heights)) + (0.12 if len(maps[0]) > 1 else 0.3),
         height_ratios=heights,
         sharex="row",
         sharey="row",

@@ -9,10 +9,10 @@ from figures.axes import layer_axis
 from figures.tables import (
     Tables,
     arms_in,
+    files_by_task,
     final_steps,
     over_seeds,
     read_tables,
-    settings_in,
     where,
 )
 
@@ -41,10 +41,7 @@ CONTROLS = {"control": (":", "control labels erased"), "random": ("--", "random 
 
 def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
     """One file per task, in the first regime at hand."""
-    files: dict[str, dict[str, str]] = {}
-    for task, regime in settings_in(read_tables(source, NEEDS)["erasure"]):
-        files.setdefault(f"erasure_{task}", {"task": task, "regime": regime})
-    return files
+    return files_by_task("erasure", read_tables(source, NEEDS)["erasure"])
 
 
 @style.styled

@@ -10,14 +10,12 @@ from figures import style
 from figures.colormaps import diverging_map, sequential_map
 from figures.tables import (
     Tables,
-    arms_in,
-    costs_of,
+    files_by_task,
     final_steps,
     natural_order,
     over_seeds,
     read_tables,
-    settings_in,
-    strength,
+    strongest_arm,
     where,
 )
 
@@ -54,12 +52,10 @@ CHANCE = 0.5
 def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
     """One file per task: the arm with the strongest weight, branched where that was done."""
     table = read_tables(source, NEEDS)["probe_positions"]
-    files: dict[str, dict[str, str]] = {}
-    for task, regime in settings_in(table):
-        arms = arms_in(where(table, task=task, regime=regime))
-        arm = max(arms, key=lambda arm: (strength(costs_of(arm)), arm == "after"))
-        files.setdefault(f"probe_positions_{task}", {"task": task, "regime": regime, "arm": arm})
-    return files
+    return {
+        name: {**setting, "arm": strongest_arm(where(table, **setting))}
+        for name, setting in files_by_task("probe_positions", table).items()
+    }
 
 
 @style.styled

@@ -9,6 +9,7 @@ from figures.axes import layer_axis, step_axis
 from figures.tables import (
     Tables,
     arms_in,
+    files_by_task,
     final_steps,
     over_seeds,
     read_tables,
@@ -61,10 +62,7 @@ TITLES = {
 
 def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
     """All settings together, and a file per task, in its first regime, with a column per latent."""
-    files: dict[str, dict[str, str]] = {"probes": {}}
-    for task, regime in settings_in(read_tables(source, NEEDS)["probes"]):
-        files.setdefault(f"probes_{task}", {"task": task, "regime": regime})
-    return files
+    return {"probes": {}, **files_by_task("probes", read_tables(source, NEEDS)["probes"])}
 
 
 @style.styled

@@ -11,14 +11,12 @@ from figures.axes import layer_axis
 from figures.colormaps import diverging_map, sequential_map
 from figures.tables import (
     Tables,
-    arms_in,
-    costs_of,
+    files_by_task,
     final_steps,
     natural_order,
     over_seeds,
     read_tables,
-    settings_in,
-    strength,
+    strongest_arm,
     where,
 )
 
@@ -60,13 +58,11 @@ GRAINS = {
 
 def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
     """One file per task: the arm with the strongest weight, branched where that was done."""
-    patching = read_tables(source, NEEDS)["patching"]
-    files: dict[str, dict[str, str]] = {}
-    for task, regime in settings_in(patching):
-        arms = arms_in(where(patching, task=task, regime=regime))
-        arm = max(arms, key=lambda arm: (strength(costs_of(arm)), arm == "after"))
-        files.setdefault(f"recovery_{task}", {"task": task, "regime": regime, "arm": arm})
-    return files
+    table = read_tables(source, NEEDS)["patching"]
+    return {
+        name: {**setting, "arm": strongest_arm(where(table, **setting))}
+        for name, setting in files_by_task("recovery", table).items()
+    }
 
 
 @style.styled

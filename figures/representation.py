@@ -13,10 +13,10 @@ from figures.tables import (
     Tables,
     arms_in,
     costs_of,
+    files_by_task,
     final_steps,
     over_seeds,
     read_tables,
-    settings_in,
     strength,
     where,
 )
@@ -68,10 +68,7 @@ SHAPES = {
 def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
     """One file per task, branched where that was done."""
     table = read_tables(source, {"representation": NEEDS["representation"]})["representation"]
-    files: dict[str, dict[str, str]] = {}
-    for task, regime in settings_in(table):
-        files.setdefault(f"representation_{task}", {"task": task, "regime": regime})
-    return files
+    return files_by_task("representation", table)
 
 
 @style.styled

@@ -140,6 +140,19 @@ def settings_in(table: pd.DataFrame) -> list[tuple[str, str]]:
     return sorted(found, key=lambda s: (tasks.index(s[0]), known.get(s[1], len(known)), s[1]))
 
 
+def files_by_task(figure: str, table: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """ "<figure>_<task>" -> task and regime: a file per task, of the first of its regimes."""
+    files: dict[str, dict[str, str]] = {}
+    for task, regime in settings_in(table):
+        files.setdefault(f"{figure}_{task}", {"task": task, "regime": regime})
+    return files
+
+
+def strongest_arm(table: pd.DataFrame) -> str:
+    """The arm with the strongest weight; of a pair, "after"."""
+    return max(arms_in(table), key=lambda arm: (strength(costs_of(arm)), arm == "after"))
+
+
 def costs_of(arm: str) -> str | None:
     """The costs that an arm was made for: "w1.8" of "weighted_1.8" and "ex_post_1.8", else None."""
     found = re.search(r"_(\d+(?:\.\d+)?)$", arm)

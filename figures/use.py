@@ -9,10 +9,10 @@ from figures.axes import layer_axis
 from figures.tables import (
     Tables,
     arms_in,
+    files_by_task,
     final_steps,
     over_seeds,
     read_tables,
-    settings_in,
     where,
 )
 
@@ -49,10 +49,7 @@ REFERENCES = ("before", "symmetric")  # whose largest slope chooses the layer of
 
 def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
     """One file per task, in the first regime at hand."""
-    files: dict[str, dict[str, str]] = {}
-    for task, regime in settings_in(read_tables(source, NEEDS)["use_slopes"]):
-        files.setdefault(f"use_{task}", {"task": task, "regime": regime})
-    return files
+    return files_by_task("use", read_tables(source, NEEDS)["use_slopes"])
 
 
 @style.styled

@@ -21,14 +21,12 @@ from torch import Tensor
 
 from mechinterp.errors import TaskError
 from mechinterp.randomness import derive_rng
-from mechinterp.tasks.base import CounterfactualPairs, Items, Latent, Task, check_utility
+from mechinterp.tasks.base import CounterfactualPairs, Items, Latent, check_utility
 from mechinterp.tasks.images import (
-    FIRST_LEVEL,
+    ImageTask,
     cell_roles,
-    middle_cells,
     nearest_of_other_class,
     prompts,
-    quantise,
 )
 
 OUTSIDE, INSIDE = 2, 3
@@ -38,7 +36,7 @@ SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
-class Digits(Task):
+class Digits(ImageTask):
     """`pool` x `pool` pixels are averaged into one position with `n_levels` grey levels.
 
     Training images are drawn with replacement and get fresh Gaussian noise of `train_noise` pixel
@@ -57,6 +55,8 @@ class Digits(Task):
     utility: Any = ((1.0, 0.0), (0.0, 1.0))
 
     name = "digits"
+    pixels = 8
+    white = 16.0
     actions = (OUTSIDE, INSIDE)
     action_names = ("outside", "inside")
     # `digit` is what decides; within the subset and outside it the exact digit is not needed.
@@ -83,19 +83,6 @@ class Digits(Task):
                 f"digits: counterfactual must be 'nearest' or 'region', got {self.counterfactual!r}"
             )
 
-    @property
-    def side(self) -> int:
-        """Positions per image row."""
-        return 8 // self.pool
-
-    @property
-    def vocab_size(self) -> int:  # type: ignore[override]
-        return FIRST_LEVEL + self.n_levels
-
-    @property
-    def n_positions(self) -> int:  # type: ignore[override]
-        return self.side**2 + 2
-
     @cached_property
     def _images(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixels [1797, 8, 8] in 0..16 and digits [1797]."""
@@ -118,12 +105,9 @@ class Digits(Task):
                 split[index] = part
         return split
 
-    def _quantise(self, pixels: np.ndarray) -> Int[Tensor, "images cells"]:
-        return quantise(pixels, pool=self.pool, n_levels=self.n_levels, white=16)
-
     @cached_property
     def _levels(self) -> Int[Tensor, "images cells"]:
-        return self._quantise(self._images[0])
+        return self.quantise(self._images[0])
 
     def _items(
         self, levels: Int[Tensor, "items cells"], digits: np.ndarray, groups: np.ndarray
@@ -151,7 +135,7 @@ class Digits(Task):
             index = rng.choice(self._images_of(split), n)
             noise = rng.normal(0.0, self.train_noise, (n, 8, 8))
             return self._items(
-                self._quantise(self._images[0][index] + noise), self._images[1][index], index
+                self.quantise(self._images[0][index] + noise), self._images[1][index], index
             )
         index = rng.permutation(self._images_of(split))[:n]
         return self._items(self._levels[index], self._images[1][index], index)
@@ -196,11 +180,3 @@ class Digits(Task):
         """The label is a function of the digit: sum the digit's probabilities over the subset."""
         inside = probabilities["digit"].double()[:, list(self.subset)].sum(1)
         return torch.stack([1 - inside, inside], dim=1)
-
-    def control_types(self, items: Items) -> Int[Tensor, " items"]:
-        """The first cell is nearly always empty; those in the middle are not."""
-        return middle_cells(items.tokens, self.side)
-
-    def baseline_features(self, items: Items) -> Float[Tensor, "items features"]:
-        """Grey levels in 0..1: the image as a linear model would take it."""
-        return (items.tokens[:, 1:-1] - FIRST_LEVEL).float() / (self.n_levels - 1)

@@ -10,17 +10,50 @@ from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechinterp.tasks.base import Items, Task
+
 START, DECIDE = 0, 1
 FIRST_LEVEL = 4  # after START, DECIDE and the two actions
 
 
-def quantise(
-    pixels: Float[np.ndarray, "images rows cols"], *, pool: int, n_levels: int, white: float
-) -> Int[Tensor, "images cells"]:
-    """Grey levels 0 .. n_levels - 1 of the means of `pool` x `pool` pixels in 0 .. `white`."""
-    pooled = reduce(pixels, "i (r p) (c q) -> i (r c)", "mean", p=pool, q=pool)
-    levels = np.floor(pooled / white * n_levels).astype(int)
-    return torch.from_numpy(levels.clip(0, n_levels - 1))
+class ImageTask(Task):
+    """A task on square images: `pool` x `pool` pixels make a position of `n_levels` grey levels."""
+
+    pool: int
+    n_levels: int
+    pixels: int  # per side of an image
+    white: float  # the largest value of a pixel
+
+    @property
+    def side(self) -> int:
+        """Positions per image row."""
+        return self.pixels // self.pool
+
+    @property
+    def vocab_size(self) -> int:  # type: ignore[override]
+        return FIRST_LEVEL + self.n_levels
+
+    @property
+    def n_positions(self) -> int:  # type: ignore[override]
+        return self.side**2 + 2
+
+    def quantise(
+        self, images: Float[np.ndarray, "images rows cols"]
+    ) -> Int[Tensor, "images cells"]:
+        """Grey levels 0 .. n_levels - 1 of the means of `pool` x `pool` pixels."""
+        pooled = reduce(images, "i (r p) (c q) -> i (r c)", "mean", p=self.pool, q=self.pool)
+        levels = np.floor(pooled / self.white * self.n_levels).astype(int)
+        return torch.from_numpy(levels.clip(0, self.n_levels - 1))
+
+    def control_types(self, items: Items) -> Int[Tensor, " items"]:
+        """Two cells in the middle of the image; those at its border are nearly always dark."""
+        middle = 1 + (self.side // 2) * self.side + self.side // 2
+        first, second = items.tokens[:, middle - 1], items.tokens[:, middle]
+        return first * self.vocab_size + second
+
+    def baseline_features(self, items: Items) -> Float[Tensor, "items features"]:
+        """Grey levels in 0..1: the image as a linear model would take it."""
+        return (items.tokens[:, 1:-1] - FIRST_LEVEL).float() / (self.n_levels - 1)
 
 
 def prompts(levels: Int[Tensor, "images cells"]) -> Int[Tensor, "images positions"]:
@@ -35,12 +68,6 @@ def cell_roles(side: int) -> np.ndarray:
     """What stands at each position of the prompt of a square image."""
     cells = [f"row {r} col {c}" for r in range(side) for c in range(side)]
     return np.array(["start", *cells, "decision"])
-
-
-def middle_cells(tokens: Int[Tensor, "items positions"], side: int) -> Int[Tensor, " items"]:
-    """Two cells in the middle of the image as one number: what a control task's types are."""
-    middle = 1 + (side // 2) * side + side // 2
-    return tokens[:, middle - 1] * (int(tokens.max()) + 1) + tokens[:, middle]
 
 
 @dataclass(frozen=True)

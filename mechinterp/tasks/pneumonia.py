@@ -16,19 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from mechinterp.errors import TaskError
 from mechinterp.randomness import derive_rng
-from mechinterp.tasks.base import CounterfactualPairs, Items, Latent, Task, check_utility
+from mechinterp.tasks.base import CounterfactualPairs, Items, Latent, check_utility
 from mechinterp.tasks.images import (
-    FIRST_LEVEL,
+    ImageTask,
     cell_roles,
-    middle_cells,
     nearest_of_other_class,
     prompts,
-    quantise,
 )
 
 NORMAL, PNEUMONIA = 2, 3
@@ -42,7 +38,7 @@ MATCHING_SEED = 0
 
 
 @dataclass(frozen=True)
-class Pneumonia(Task):
+class Pneumonia(ImageTask):
     """`pool` x `pool` pixels are averaged into one position with `n_levels` grey levels.
 
     Pneumonia is the majority (about 3 in 4): `prevalence` "natural" keeps the file's, "matched"
@@ -61,6 +57,8 @@ class Pneumonia(Task):
     utility: Any = ((1.0, 0.0), (0.0, 1.0))
 
     name = "pneumonia"
+    pixels = 28
+    white = 255.0
     actions = (NORMAL, PNEUMONIA)
     action_names = ("normal", "pneumonia")
     latents = (
@@ -81,19 +79,6 @@ class Pneumonia(Task):
             raise TaskError(f"pneumonia: n_levels must be 2 to 256, got {self.n_levels}")
         if not self.train_noise >= 0:
             raise TaskError(f"pneumonia: train_noise must be >= 0, got {self.train_noise}")
-
-    @property
-    def side(self) -> int:
-        """Positions per image row."""
-        return 28 // self.pool
-
-    @property
-    def vocab_size(self) -> int:  # type: ignore[override]
-        return FIRST_LEVEL + self.n_levels
-
-    @property
-    def n_positions(self) -> int:  # type: ignore[override]
-        return self.side**2 + 2
 
     @cached_property
     def _parts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -122,7 +107,7 @@ class Pneumonia(Task):
         images, labels = self._part(split)
         bands = np.digitize(images[index].mean((1, 2)), self._edges)
         label = torch.from_numpy(labels[index].astype(int))
-        tokens = prompts(self._quantise(images[index] + noise))
+        tokens = prompts(self.quantise(images[index] + noise))
         return Items(
             tokens=tokens,
             labels=label,
@@ -130,9 +115,6 @@ class Pneumonia(Task):
             groups=torch.from_numpy(index + _FIRST_GROUP[split]),
             roles=np.broadcast_to(cell_roles(self.side), tokens.shape),
         )
-
-    def _quantise(self, pixels: np.ndarray) -> Int[Tensor, "images cells"]:
-        return quantise(pixels, pool=self.pool, n_levels=self.n_levels, white=255)
 
     def sample(self, n: int, *, seed: int = 0, split: str = "test") -> Items:
         """Distinct images in random order, all of the split if it holds fewer than `n`; from the
@@ -149,7 +131,7 @@ class Pneumonia(Task):
     ) -> CounterfactualPairs:
         """Each clean image beside the most similar one of the other class."""
         images, labels = self._part(split)
-        levels = self._quantise(images.astype(float))
+        levels = self.quantise(images.astype(float))
         neighbours = nearest_of_other_class(
             levels,
             labels == 1,
@@ -169,14 +151,6 @@ class Pneumonia(Task):
                 f"other class is {neighbours.ratio:.2f}x as far as that of its own (median)"
             ),
         )
-
-    def control_types(self, items: Items) -> Int[Tensor, " items"]:
-        """The border of an X-ray is nearly always dark; cells in the middle are not."""
-        return middle_cells(items.tokens, self.side)
-
-    def baseline_features(self, items: Items) -> Float[Tensor, "items features"]:
-        """Grey levels in 0..1: the image as a linear model would take it."""
-        return (items.tokens[:, 1:-1] - FIRST_LEVEL).float() / (self.n_levels - 1)
 
 
 def _read(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

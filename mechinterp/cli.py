@@ -30,6 +30,7 @@ Control = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads annotations at run time
     typer.Option(help="Checkpoint of the control arm, which AFTER is then compared with."),
 ]
+Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint directory.")]
 After = Annotated[Optional[Path], typer.Argument(help="A second checkpoint, to compare.")]  # noqa: UP045
 Threads = Annotated[int, typer.Option(help="Threads for tensor arithmetic.", min=1)]
 
@@ -67,8 +68,8 @@ def study(
 
 @app.command()
 def compare(
-    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
-    after: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    before: Checkpoint,
+    after: Checkpoint,
     task: Task,
     out: Out,
     control: Control = None,
@@ -108,7 +109,7 @@ def compare(
 
 @app.command()
 def probe(
-    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    before: Checkpoint,
     task: Task,
     out: Out,
     after: After = None,
@@ -125,7 +126,7 @@ def probe(
 
 @app.command()
 def represent(
-    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    before: Checkpoint,
     after: Annotated[Path, typer.Argument(help="Checkpoint directory to compare with.")],
     task: Task,
     out: Out,
@@ -138,7 +139,7 @@ def represent(
 
 @app.command()
 def erase(
-    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    before: Checkpoint,
     task: Task,
     out: Out,
     after: After = None,
@@ -151,7 +152,7 @@ def erase(
 
 @app.command()
 def steer(
-    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    before: Checkpoint,
     task: Task,
     out: Out,
     after: After = None,
@@ -166,7 +167,7 @@ def steer(
 
 @app.command()
 def patch(
-    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    before: Checkpoint,
     task: Task,
     out: Out,
     after: After = None,
@@ -187,8 +188,8 @@ def patch(
 
 @app.command()
 def grafts(
-    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
-    after: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    before: Checkpoint,
+    after: Checkpoint,
     task: Task,
     out: Out,
     parts: Annotated[
@@ -207,7 +208,7 @@ def grafts(
 
 @app.command()
 def circuits(
-    before: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    before: Checkpoint,
     task: Task,
     out: Out,
     after: After = None,
@@ -221,7 +222,7 @@ def circuits(
 
 @app.command()
 def capture(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    checkpoint: Checkpoint,
     task: Task,
     out: Annotated[Path, typer.Option("--out", help="Directory of the store.")],
     sites: Annotated[
@@ -316,7 +317,7 @@ def tasks(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    checkpoint: Checkpoint,
 ) -> None:
     """What a checkpoint is: architecture, size, hash and provenance, or why it is refused."""
     from mechinterp.checkpoints import open_checkpoint

@@ -22,6 +22,7 @@ NAMES = (
     "dissociation",
     "ladder",
     "trajectories",
+    "gradients",
     "probes",
     "probe_positions",
     "erasure",
@@ -33,6 +34,7 @@ NAMES = (
     "grafts",
     "circuits",
     "calibration",
+    "incentives",
 )
 FORMATS = ("pdf", "svg", "png")
 

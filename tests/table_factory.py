@@ -58,7 +58,14 @@ def study_tables(
     ends = [key for key in trained if key[4] == last]
     moved = [key for key in ends if key[2] != "symmetric" and key[1] != "from_init"]
     shown = [key for key in ends if key[2] in ("symmetric", "weighted_1.98") and key[3] == 0]
+    with_gradients = [
+        key for key in trained if key[2] == "symmetric" or (key[2] in arms and key[4] > 0)
+    ]
+    audited = tuple(arm for arm in arms if not arm.startswith(("ex_post", "symmetric_")))
     rows = {
+        "gradients": (with_gradients, _gradients, (n_layers, audited)),
+        "gradients_latents": (with_gradients, _gradients_latents, (n_layers, latents, audited)),
+        "gradients_posterior": (with_gradients, _gradients_posterior, (audited,)),
         "probes": (trained, _probes, (n_layers, latents, unneeded)),
         "probe_positions": (shown, _probe_positions, (n_layers, latents, unneeded, roles)),
         "erasure": (shown, _erasure, (n_layers, latents, unneeded)),
@@ -72,6 +79,7 @@ def study_tables(
         "grafts": (shown, _grafts, (n_layers, n_heads)),
         "calibration": ([key for key in keys if key[4] == last], _calibration, ()),
         "calibration_summary": ([key for key in keys if key[4] == last], _calibration_summary, ()),
+        "incentives": ([key for key in keys if key[4] == last], _incentives, ()),
         "circuit_edges": (shown, _circuit_edges, (n_layers, n_heads)),
         "faithfulness": (shown, _faithfulness, ()),
         "training": (trained, _training, ()),
@@ -116,6 +124,9 @@ def pair_tables(
         if "costs" in table:
             table = table[table["costs"].isin(["w1.98"])]
             table["costs"] = "task"
+        if "objective" in table:  # named by costs, and all at every network
+            one = table[table["objective"] == "symmetric"]
+            table = pd.concat([one, one.assign(objective="task", value=0.8 * one["value"])])
         tables[name] = table.reset_index(drop=True)
     tables["crossing"]["null"] = False
     tables["patching"] = _with_change(tables["patching"])
@@ -303,6 +314,55 @@ def _probes(task, regime, arm, seed, step, n_layers, latents, unneeded):
                 "measure": measure,
                 "value": value,
             }
+
+
+def _objectives(arm, audited):
+    """The control is measured with every objective, other runs with their own and its."""
+    return audited if arm == "symmetric" else tuple({"symmetric", arm} & set(audited))
+
+
+def _gradients(task, regime, arm, seed, step, n_layers, audited):
+    parts = [f"{kind} {layer}" for layer in range(n_layers) for kind in ("attn", "mlp")]
+    for objective, part in itertools.product(
+        _objectives(arm, audited), ("embed", *parts, "norm", "unembed", "all")
+    ):
+        snr = (2.0 - 0.8 * _strength(objective)) * np.exp(-step / 500)
+        snr += 0.3 * (arm != objective) * step / (step + 100)  # not yet served
+        snr *= np.exp(_noise("gradients", task, regime, arm, seed, step, objective, part))
+        for measure, value in {"snr": snr, "noise": 0.5, "norm": 0.5 * snr}.items():
+            cell = {"objective": objective, "part": part, "measure": measure, "value": value}
+            yield {**_key(task, regime, arm, seed, step), **cell}
+
+
+def _gradients_latents(task, regime, arm, seed, step, n_layers, latents, audited):
+    for objective, layer, latent in itertools.product(
+        _objectives(arm, audited), range(1, n_layers + 1), (*latents, "all needed")
+    ):
+        share = (0.3 + 0.4 * (1 - np.exp(-step / 300))) * (1 - 0.3 * _strength(objective))
+        share *= layer / n_layers * (1.0 if latent == "all needed" else 0.3)
+        share += _noise("along", task, regime, arm, seed, step, objective, layer, latent)
+        cell = {"objective": objective, "layer": layer, "latent": latent, "needed": True}
+        for measure, value in {"share": share, "chance": 0.08}.items():
+            yield {
+                **_key(task, regime, arm, seed, step),
+                **cell,
+                "measure": measure,
+                "value": value,
+            }
+
+
+def _gradients_posterior(task, regime, arm, seed, step, audited):
+    if task == "digits":  # knows no posterior
+        return
+    for objective in _objectives(arm, audited):
+        bins = np.arange(-6, 7, 2)
+        at = bins + 2.0 * _strength(objective)
+        share = np.exp(-(at**2) / 10) * (1 + _noise("where", arm, seed, objective, size=len(bins)))
+        for log_odds, value in zip(bins, share / share.sum(), strict=True):
+            cell = {"objective": objective, "log_odds": float(log_odds), "n_items": 290}
+            for measure, number in {"share": value, "items": 1 / len(bins), "norm": value}.items():
+                row = {**cell, "measure": measure, "value": number}
+                yield {**_key(task, regime, arm, seed, step), **row}
 
 
 def _probe_positions(task, regime, arm, seed, step, n_layers, latents, unneeded, roles):
@@ -624,6 +684,31 @@ def _calibration_summary(task, regime, arm, seed, step):
         ece = 0.02 + 0.12 * _strength(arm) + abs(_noise("ece", task, regime, arm, seed, costs))
         key = _key(task, regime, arm, seed, step)
         yield {**key, "costs": costs, "ece": float(ece), "brier": 0.12, "log_loss": 0.4}
+
+
+def _incentives(task, regime, arm, seed, step):
+    log_odds = np.arange(-5, 7)
+    q = 1 / (1 + np.exp(-log_odds))
+    n_items = (200 + 800 * np.exp(-((log_odds - 1) ** 2) / 8)).astype(int)
+    favoured = {"symmetric": 1.0, "w1.8": 1.8, "w1.98": 1.98}
+    harm = 0.06 * _strength(arm) * q**2
+    noise = _noise("incentives", task, regime, arm, seed, scale=0.15, size=len(q))
+    divergence = (0.01 + 0.02 * q * (1 - q) + harm) * np.exp(noise)
+    for costs, index in itertools.product(_costs(arm), range(len(q))):
+        w = favoured[costs]
+        worth = w * q + (2 - w) * (1 - q)
+        yield {
+            **_key(task, regime, arm, seed, step),
+            "costs": costs,
+            "log_odds": int(log_odds[index]),
+            "posterior": q[index],
+            "n_items": n_items[index],
+            "predicted": w * (2 - w) / (worth[index] * np.average(worth, weights=n_items)),
+            "divergence": divergence[index],
+            "stderr": 0.003,
+            "low": divergence[index] - 0.006,
+            "high": divergence[index] + 0.006,
+        }
 
 
 def _training(task, regime, arm, seed, step):

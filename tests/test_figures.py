@@ -443,6 +443,24 @@ def test_crossing_marks_shares_that_are_not_valid(study):
     assert hollow(none_hollow) == 0
 
 
+def test_incentives_draw_each_arm_below_what_its_costs_predict(study):
+    rows = study["incentives"].query("task == 'digits'")
+    figure = draw("incentives", {"incentives": rows})
+    strip, panel = figure.axes
+    drawn = [np.asarray(line.get_ydata(), float).tolist() for line in strip.lines]
+    for _, cell in rows.query("costs != 'symmetric'").groupby("costs"):
+        expected = cell.groupby("log_odds")["predicted"].mean().tolist()
+        assert any(line == pytest.approx(expected) for line in drawn)
+    curves = [c for c in panel.containers if isinstance(c, ErrorbarContainer)]
+    arms = ("symmetric", "weighted_1.8", "weighted_1.98")
+    for curve, arm in zip(curves, arms, strict=True):
+        cells = rows[rows["arm"] == arm].groupby("log_odds")
+        q = cells["posterior"].mean()
+        assert np.allclose(curve.lines[0].get_xdata(), np.log(q / (1 - q)))
+        assert np.allclose(curve.lines[0].get_ydata(), cells["divergence"].mean())
+    assert strip.get_xlim() == panel.get_xlim()
+
+
 def test_probes_floor_is_the_network_as_initialised(study):
     probes = study["probes"]
     figure = draw("probes", study)
@@ -561,11 +579,11 @@ def test_formats_do_not_depend_on_each_other(drawn, drawn_in_full):
 
 def test_files_are_named_after_figure_and_task(drawn):
     assert list(drawn.written) == [
-        *("dissociation", "ladder", "trajectories"),
+        *("dissociation", "ladder", "trajectories", "gradients"),
         *("probes", "probes_triage", "probe_positions_triage", "erasure_triage", "use_triage"),
         *("representation_triage", "recovery_triage"),
         *("cross_checkpoint", "crossing_triage", "crossing_triage_stitched"),
-        *("grafts", "circuits", "calibration"),
+        *("grafts", "circuits", "calibration", "incentives"),
     ]
     assert drawn.skipped == {}
     assert all(figures.caption(stem) for stem in drawn.written)

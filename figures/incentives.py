@@ -1,0 +1,139 @@
+"""Is least known where knowing pays least? Incentive to learn and divergence by posterior."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from figures import style
+from figures.tables import (
+    KEYS,
+    Tables,
+    arms_in,
+    costs_in,
+    costs_of,
+    final_steps,
+    over_seeds,
+    read_tables,
+    settings_in,
+    where,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CAPTION = (
+    "Incentive to learn and what is known, by posterior. Upper strips: predicted incentive to "
+    "learn at each costs relative to symmetric ones (dotted line), in the colour of the arm that "
+    "serves them. Panels: mean KL divergence of the network's report from the posterior, after a "
+    "refit of one constant at symmetric costs, by nearest integer of the posterior log-odds, at "
+    "each arm's last step. If weighting starved learning as predicted, an arm would be further "
+    "above the symmetric one where its strip is lower."
+)
+NEEDS = {"incentives": (*KEYS, "costs", "log_odds", "posterior", "predicted", "divergence")}
+MAX_COLUMNS = 4
+TICKS = np.array([0.0001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999])
+LINESTYLES = ("-", "--", "-.", ":")
+
+
+@style.styled
+def draw(source: str | Path | Tables) -> Figure:
+    """A strip and a panel per task and regime: the symmetric arm, weighted ones, those of pairs."""
+    table = final_steps(read_tables(source, NEEDS)["incentives"])
+    named = table["arm"].str.startswith("weighted") | (table["arm"] == "symmetric")
+    table = table[named | (table["regime"] == "pair")]
+    settings = settings_in(table)
+    n_columns = min(len(settings), MAX_COLUMNS)
+    n_blocks = -(-len(settings) // n_columns)
+    figure, axes = style.grid(
+        2 * n_blocks,
+        n_columns,
+        width=min(style.FULL_WIDTH, 1.3 + 2.0 * n_columns),
+        row_height=1.1,
+        height_ratios=[1, 1.8] * n_blocks,
+    )
+    looks = style.arm_styles(arms_in(table))
+    strips = axes[0::2].reshape(-1)
+    panels = axes[1::2].reshape(-1)
+    lines = _costs_lines(table, looks)
+    summaries = []
+    for strip, panel, (task, regime) in zip(strips, panels, settings, strict=False):
+        rows = where(table, task=task, regime=regime)
+        at = _log_odds(rows.groupby("log_odds")["posterior"].mean())  # by bin
+        _strip(strip, rows, at, lines)
+        summaries.append(_panel(panel, rows, at, looks))
+        strip.set_title(style.setting_label(task, regime))
+        strip.sharex(panel)
+        strip.tick_params(labelbottom=False)
+    for unused in (*strips[len(settings) :], *panels[len(settings) :]):
+        unused.set_visible(False)
+    for strip, panel in axes.reshape(n_blocks, 2, n_columns)[:, :, 0]:
+        strip.set_ylabel("Relative\nincentive")
+        panel.set_ylabel("KL (nats)")
+    figure.supxlabel("Posterior of the last label (log-odds scale)", fontsize=7)
+    style.letter_panels(axes)
+    handles = style.arm_handles(list(looks))
+    handles += [
+        style.handle(style.costs_label(costs), **line)
+        for costs, line in lines.items()
+        if line["color"] == "black"
+    ]
+    style.legend(figure, handles, style.seeds_note(*summaries))
+    return figure
+
+
+def _costs_lines(
+    table: pd.DataFrame, looks: Mapping[str, style.ArmStyle]
+) -> dict[str, dict[str, Any]]:
+    """How each costs is drawn: as the first arm that serves it, black where there is none."""
+    lines = {}
+    for costs, linestyle in zip(costs_in(table), itertools.cycle(LINESTYLES), strict=False):
+        look = next((looks[arm] for arm in looks if costs_of(arm) == costs), None)
+        lines[costs] = {
+            "color": look.color if look else "black",
+            "ls": look.linestyle if look else linestyle,
+        }
+    return lines
+
+
+def _log_odds(posterior: Any) -> Any:
+    return np.log(posterior) - np.log1p(-posterior)
+
+
+def _strip(
+    ax: Axes, rows: pd.DataFrame, at: pd.Series, lines: Mapping[str, Mapping[str, Any]]
+) -> None:
+    ax.axhline(1, color=style.GREY, lw=0.6, ls=":", zorder=0)
+    for costs, line in lines.items():
+        predicted = where(rows, costs=costs).groupby("log_odds")["predicted"].mean()
+        ax.plot(at[predicted.index], predicted, **line)
+    ax.set_yscale("log")
+
+
+def _panel(
+    ax: Axes, rows: pd.DataFrame, at: pd.Series, looks: Mapping[str, style.ArmStyle]
+) -> pd.DataFrame:
+    summary = over_seeds(rows, ["arm", "log_odds"], "divergence")
+    summary["at"] = summary["log_odds"].map(at)
+    for arm in arms_in(summary):
+        style.curve(ax, where(summary, arm=arm), "at", looks[arm], markersize=3, markevery=1)
+    ax.axhline(0, color=style.GREY, lw=0.5, zorder=0)
+    low, high = ax.get_xlim()
+    ticks = _log_odds(TICKS)
+    inside = (ticks > low) & (ticks < high)
+    ax.set_xticks(ticks[inside], [f"{tick:g}" for tick in TICKS[inside]])
+    ax.set_xlim(low, high)
+    return summary
+
+
+if __name__ == "__main__":
+    from figures import run_script
+
+    run_script("incentives")

@@ -68,7 +68,8 @@ class AnalysisSpec(StrictModel):
     The ladder is cross-fitted on `ladder_items`, and along trajectories on `trajectory_items`.
     Networks deeper than `max_layers` are probed, read out and cut at as many evenly spaced layers.
     Without `description_length` probes leave it out, which takes as long as all else about them.
-    The crossing is also stitched, on `stitch_items` others; with 0 it is not.
+    The crossing is also stitched, on `stitch_items` others; with 0 it is not. Gradients of
+    objectives are taken on at most `gradient_items` of the validation split; with 0 they are not.
     """
 
     ladder_items: int = Field(15_000, ge=60)
@@ -86,6 +87,7 @@ class AnalysisSpec(StrictModel):
     stitch_items: int = Field(1_000, ge=0)
     graft_items: int = Field(1_000, ge=2)
     graft_parts: Literal["component", "sublayer", "block"] = "component"
+    gradient_items: int = Field(2_048, ge=0)
     calibration_bins: int = Field(10, ge=2)
     max_layers: int = Field(12, ge=2)
     batch_size: int = Field(512, ge=1)

@@ -443,6 +443,36 @@ def test_crossing_marks_shares_that_are_not_valid(study):
     assert hollow(none_hollow) == 0
 
 
+def test_gradients_draw_each_objective_along_its_run_and_at_the_weights_of_the_control(study):
+    figure = draw("gradients", study)
+    snr = study["gradients"].query("part == 'all' and measure == 'snr' and task == 'triage'")
+    at_control = snr.query("arm == 'symmetric'").groupby(["objective", "step"])["value"].mean()
+    own = snr.query("arm == objective").groupby(["objective", "step"])["value"].mean()
+    own = {arm: own[arm].to_dict() for arm in ("symmetric", "weighted_1.98")}
+    own["weighted_1.98"][0] = at_control["weighted_1.98", 0]
+    panel, along, where = figure.axes[:3]
+    curves = [c.lines[0] for c in panel.containers if isinstance(c, ErrorbarContainer)]
+    assert len(curves) == 2  # the mildest weights have no place here
+    for curve, expected in zip(curves, own.values(), strict=True):
+        drawn = dict(zip(curve.get_xdata(), curve.get_ydata(), strict=True))
+        assert drawn == pytest.approx(expected)
+    assert panel.lines[0].get_ydata() == pytest.approx(at_control["weighted_1.98"].tolist())
+    latents = study["gradients_latents"].query(
+        "task == 'triage' and arm == 'symmetric' and objective == arm and layer == 3"
+        " and latent == 'all needed'"
+    )
+    curve = next(c.lines[0] for c in along.containers if isinstance(c, ErrorbarContainer))
+    expected = latents.query("measure == 'share'").groupby("step")["value"].mean()
+    assert curve.get_ydata() == pytest.approx(100 * expected.to_numpy())
+    posterior = study["gradients_posterior"].query(
+        "arm == 'weighted_1.98' and objective == arm and step == 400 and measure == 'share'"
+    )
+    curve = [c.lines[0] for c in where.containers if isinstance(c, ErrorbarContainer)][1]
+    expected = posterior.groupby("log_odds")["value"].mean()
+    assert curve.get_ydata() == pytest.approx(100 * expected.to_numpy())
+    assert not figure.axes[5].get_visible()  # digits knows no posterior
+
+
 def test_incentives_draw_each_arm_below_what_its_costs_predict(study):
     rows = study["incentives"].query("task == 'digits'")
     figure = draw("incentives", {"incentives": rows})

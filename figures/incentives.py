@@ -34,12 +34,13 @@ CAPTION = (
     "learn at each costs relative to symmetric ones (dotted line), in the colour of the arm that "
     "serves them. Panels: mean KL divergence of the network's report from the posterior, after a "
     "refit of one constant at symmetric costs, by nearest integer of the posterior log-odds, at "
-    "each arm's last step. If weighting starved learning as predicted, an arm would be further "
-    "above the symmetric one where its strip is lower."
+    "each arm's last step; intervals are cut below zero. If weighting starved learning as "
+    "predicted, an arm would be further above the symmetric one where its strip is lower."
 )
 NEEDS = {"incentives": (*KEYS, "costs", "log_odds", "posterior", "predicted", "divergence")}
 MAX_COLUMNS = 4
 TICKS = np.array([0.0001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999])
+DODGE = 0.12  # log-odds between arms
 LINESTYLES = ("-", "--", "-.", ":")
 
 
@@ -78,7 +79,7 @@ def draw(source: str | Path | Tables) -> Figure:
         strip.set_ylabel("Relative\nincentive")
         panel.set_ylabel("KL (nats)")
     figure.supxlabel("Posterior of the last label (log-odds scale)", fontsize=7)
-    style.letter_panels(axes)
+    style.letter_panels(axes[0::2])
     handles = style.arm_handles(list(looks))
     handles += [
         style.handle(style.costs_label(costs), **line)
@@ -122,9 +123,14 @@ def _panel(
 ) -> pd.DataFrame:
     summary = over_seeds(rows, ["arm", "log_odds"], "divergence")
     summary["at"] = summary["log_odds"].map(at)
-    for arm in arms_in(summary):
-        style.curve(ax, where(summary, arm=arm), "at", looks[arm], markersize=3, markevery=1)
+    arms = arms_in(summary)
+    for index, arm in enumerate(arms):
+        cells = where(summary, arm=arm)
+        # Side by side, so that no bar hides another.
+        cells = cells.assign(at=cells["at"] + DODGE * (index - (len(arms) - 1) / 2))
+        style.curve(ax, cells, "at", looks[arm], markersize=3, markevery=1)
     ax.axhline(0, color=style.GREY, lw=0.5, zorder=0)
+    ax.set_ylim(bottom=-0.04 * ax.get_ylim()[1])  # a divergence is never negative
     low, high = ax.get_xlim()
     ticks = _log_odds(TICKS)
     inside = (ticks > low) & (ticks < high)

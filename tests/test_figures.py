@@ -486,7 +486,7 @@ def test_incentives_draw_each_arm_below_what_its_costs_predict(study):
     for curve, arm in zip(curves, arms, strict=True):
         cells = rows[rows["arm"] == arm].groupby("log_odds")
         q = cells["posterior"].mean()
-        assert np.allclose(curve.lines[0].get_xdata(), np.log(q / (1 - q)))
+        assert np.allclose(curve.lines[0].get_xdata(), np.log(q / (1 - q)), atol=0.2)
         assert np.allclose(curve.lines[0].get_ydata(), cells["divergence"].mean())
     assert strip.get_xlim() == panel.get_xlim()
 

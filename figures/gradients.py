@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 CAPTION = (
     "Gradients of objectives, on fresh items. Left: norm of the mean gradient in all weights, "
     "over the noise of a batch of 64. Solid: along the run that trains on the objective; thin: the "
-    "same objective at the checkpoints of the symmetric run, where all share their weights. "
+    "same objective at the checkpoints of the symmetric run, where all share their weights; there "
+    "the signal of a weighted loss includes that the threshold is yet to move. "
     "Middle: in the last layer's residual stream at the decision, the share of the gradient that "
     "lies in the space of the differences of means of all latents that the decision needs, along "
     "the objective's own run; dotted: a random direction. Right: where in the posterior the "

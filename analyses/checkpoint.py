@@ -9,9 +9,10 @@ import pandas as pd
 import torch
 
 from analyses.calibration import measure_calibration
+from analyses.incentives import measure_incentives
 from analyses.ladder import Ladder, ladder_table, latent_beliefs, losses_table, measure_ladder
 from analyses.probes import measure_probes
-from analyses.refits import refit_readout
+from analyses.refits import LastLayer
 from analyses.streams import read_streams
 from mechinterp import decisions
 from mechinterp.arms import Refit
@@ -62,6 +63,7 @@ def measure_checkpoint(
     )
     # Beliefs about latents do not depend on any shift of the decision.
     beliefs = latent_beliefs(streams, items, task, spec=spec) if with_latents else None
+    last_layer = LastLayer(model, task, spec)
     tables: dict[str, list[pd.DataFrame]] = {}
     ladders = {}
     for arm, reading in readings.items():
@@ -69,7 +71,7 @@ def measure_checkpoint(
         shifted = replace(streams, action_logits=streams.action_logits + shift)
         if reading.refit is not None:
             (utility,) = reading.costs.values()
-            readout = refit_readout(model, task, reading.refit, utility=utility, spec=spec)
+            readout = last_layer.refit(reading.refit, utility)
             shifted = replace(streams, action_logits=readout(streams.normed[model.n_layers]))
         ladders[arm] = measure_ladder(
             shifted, items, task, costs=reading.costs, spec=spec, beliefs=beliefs
@@ -81,8 +83,13 @@ def measure_checkpoint(
                 shifted, items, costs=reading.costs, n_bins=spec.calibration_bins
             ),
         }
+        if with_latents:
+            found["incentives"] = measure_incentives(shifted, items, costs=reading.costs)
         if with_probes and arm == next(iter(readings)):
-            found["probes"] = measure_probes(streams, items, task, spec=spec)
+            # Along trajectories the latents alone: their baselines cost more than they do.
+            found["probes"] = measure_probes(
+                streams, items, task, spec=spec, with_baselines=with_latents
+            )
         for name, table in found.items():
             tables.setdefault(name, []).append(table.assign(arm=arm))
     joined = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}

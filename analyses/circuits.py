@@ -7,6 +7,7 @@ beside it, and across checkpoints each one's circuit is run in the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,40 @@ def circuit_of_curve(
     return circuits_of_size(graph, scores, [share])[0]
 
 
+def compare_circuits(
+    before: HookedModel, after: HookedModel, task: Task, *, spec: AnalysisSpec
+) -> dict[str, pd.DataFrame]:
+    """Two checkpoints' circuits: tables `circuit_overlap`, `circuit_nodes`, and
+    `crosswise_faithfulness`, each one's circuit run in the other."""
+    found = [measure_circuit(model, task, spec=spec)[:2] for model in (before, after)]
+    return _compare((before, after), found, task, spec)
+
+
+def _compare(
+    models: tuple[HookedModel, HookedModel],
+    found: Sequence[tuple[EdgeAttribution, FaithfulnessCurve]],
+    task: Task,
+    spec: AnalysisSpec,
+) -> dict[str, pd.DataFrame]:
+    (first, first_curve), (second, second_curve) = found
+    assert first.item_scores is not None
+    assert second.item_scores is not None
+    pair = (first.graph, first.item_scores, second.item_scores)
+    crosswise = crosswise_faithfulness(
+        *models,
+        before_scores=first.scores,
+        after_scores=second.scores,
+        own={"before": first_curve, "after": second_curve},
+        seed=spec.seed,
+        **_prompts(task, spec),
+    )
+    return {
+        "circuit_overlap": overlap(*pair, seed=spec.seed),
+        "circuit_nodes": node_changes(*pair, seed=spec.seed),
+        "crosswise_faithfulness": crosswise.summary(seed=spec.seed),
+    }
+
+
 def _prompts(task: Task, spec: AnalysisSpec) -> dict[str, Any]:
     pairs = task.counterfactual_pairs(spec.patch_pairs, seed=spec.seed)
     metric = action_log_odds(task.actions, pairs.clean.likeliest_label)
@@ -89,32 +124,16 @@ def _prompts(task: Task, spec: AnalysisSpec) -> dict[str, Any]:
 def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
     """Tables `circuit_edges`, `faithfulness`, `faithfulness_summary` of every arm; and of each
     against "before" `circuit_overlap`, `circuit_nodes` and `crosswise_faithfulness`."""
-    edges: dict[str, EdgeAttribution] = {}
-    curves: dict[str, FaithfulnessCurve] = {}
+    found: dict[str, tuple[EdgeAttribution, FaithfulnessCurve]] = {}
     parts: dict[str, dict[str, pd.DataFrame]] = {}
     for arm, model in pair.models.items():
-        edges[arm], curves[arm], tables = measure_circuit(model, pair.task, spec=pair.spec)
+        edges, curve, tables = measure_circuit(model, pair.task, spec=pair.spec)
+        found[arm] = edges, curve
         for name, table in tables.items():
             parts.setdefault(name, {})[arm] = table
     for arm in set(pair.models) - {"before"}:
-        first, second = edges["before"].item_scores, edges[arm].item_scores
-        assert first is not None
-        assert second is not None
-        graph = edges["before"].graph
-        crosswise = crosswise_faithfulness(
-            pair.models["before"],
-            pair.models[arm],
-            before_scores=edges["before"].scores,
-            after_scores=edges[arm].scores,
-            own={"before": curves["before"], "after": curves[arm]},
-            seed=pair.spec.seed,
-            **_prompts(pair.task, pair.spec),
-        )
-        tables = {
-            "circuit_overlap": overlap(graph, first, second, seed=pair.spec.seed),
-            "circuit_nodes": node_changes(graph, first, second, seed=pair.spec.seed),
-            "crosswise_faithfulness": crosswise.summary(seed=pair.spec.seed),
-        }
+        models = pair.models["before"], pair.models[arm]
+        tables = _compare(models, (found["before"], found[arm]), pair.task, pair.spec)
         for name, table in tables.items():
             parts.setdefault(name, {})[arm] = table
     return {name: pair.join(tables) for name, tables in parts.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import torch
 
@@ -44,9 +46,9 @@ def measure_competence(
 
 def _logistic_regression_score(task: Task, spec: AnalysisSpec) -> float:
     """Mean test log score of scikit-learn's regression on the raw input, its strength chosen by
-    cross-validation on the training split."""
+    cross-validation on the training split, where several items may show one image."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
+    from sklearn.model_selection import GridSearchCV, GroupKFold
 
     train = task.sample(5_000, seed=spec.seed, split="train")
     test = task.sample(spec.ladder_items, seed=spec.seed, split="test")
@@ -54,7 +56,12 @@ def _logistic_regression_score(task: Task, spec: AnalysisSpec) -> float:
         LogisticRegression(max_iter=2_000),
         {"C": [10.0**k for k in range(-3, 4)]},
         scoring="neg_log_loss",
+        cv=GroupKFold(5),
     )
-    classifier.fit(task.baseline_features(train).numpy(), train.labels.numpy())
+    classifier.fit(
+        task.baseline_features(train).numpy(), train.labels.numpy(), groups=train.groups.numpy()
+    )
     log_p = classifier.predict_log_proba(task.baseline_features(test).numpy())
-    return float(torch.from_numpy(log_p).gather(1, test.labels[:, None]).mean())
+    own = torch.from_numpy(log_p).gather(1, test.labels[:, None])
+    smallest = torch.finfo(own.dtype).eps  # certain and wrong, it would score -inf
+    return float(own.clamp_min(math.log(smallest)).mean())

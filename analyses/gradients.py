@@ -19,7 +19,7 @@ from analyses.pair import Pair, run_script
 from analyses.streams import check_fits, decision_sites
 from mechinterp import objectives as losses
 from mechinterp.hooked import HookedModel
-from mechinterp.objectives import Objective
+from mechinterp.objectives import Objective, Shifted
 from mechinterp.patching.components import components_of, merge_components
 from mechinterp.progress import progress_bar
 from mechinterp.spec import AnalysisSpec
@@ -54,15 +54,15 @@ class ObjectiveGradients:
 def measure_gradients(
     model: HookedModel,
     task: Task,
-    objectives: Mapping[str, Objective],
+    objectives: Mapping[str, Objective | Shifted],
     *,
     spec: AnalysisSpec,
 ) -> dict[str, pd.DataFrame]:
     """Tables `gradients`, `gradients_latents` and, where a posterior is known, of that.
 
-    On `spec.gradient_items` items of the validation split in batches of 64; of fewer where the
-    split has too few items for eight batches, and then the noise is scaled to 64. Without any shift
-    of the action logits that provenance records: training would not see it.
+    On `spec.gradient_items` items of the training split in batches of 64; of fewer where it has too
+    few items for eight batches, and then the noise is scaled to 64. Without any shift of the action
+    logits that provenance records: training would not see it.
 
     `gradients`: objective, part, measure, value. Parts are "embed", "attn l" and "mlp l" with their
     norms, "norm", "unembed" (with "embed" where the two are tied) and "all".
@@ -96,7 +96,7 @@ def measure_gradients(
         TaskError: the task's tokens do not fit the model.
     """
     check_fits(model, task)
-    items = task.sample(spec.gradient_items, seed=spec.seed, split="validation")
+    items = task.sample(spec.gradient_items, seed=spec.seed, split="train")
     batch_size = min(BATCH_SIZE, max(len(items) // MIN_BATCHES, 1))
     items = items.select(slice(0, len(items) // batch_size * batch_size))
     gradients, residual = batch_gradients(
@@ -137,7 +137,7 @@ def batch_gradients(
     model: HookedModel,
     task: Task,
     items: Items,
-    objectives: Mapping[str, Objective],
+    objectives: Mapping[str, Objective | Shifted],
     *,
     batch_size: int,
     max_layers: int | None = None,

@@ -20,20 +20,26 @@ from probes.surface import surface_features
 
 
 def measure_probes(
-    streams: DecisionStreams, items: Items, task: Task, *, spec: AnalysisSpec
+    streams: DecisionStreams,
+    items: Items,
+    task: Task,
+    *,
+    spec: AnalysisSpec,
+    with_baselines: bool = True,
 ) -> pd.DataFrame:
     """Columns layer, latent, needed, kind, measure, value, low, high: see `ProbeResult`.
 
     On the residual stream at the decision, before the final norm. Layer 0, the embedding of the
-    last token, is the same in every item and is left out. Layer -1 is the tokens.
+    last token, is the same in every item and is left out. Layer -1 is the tokens, a baseline as the
+    control task is.
     """
     some = items.select(slice(0, spec.probe_items))
     result = probe_latents(
         {layer: x[: spec.probe_items] for layer, x in streams.residual.items() if layer > 0},
         some.latents,
         groups=some.groups,
-        control_types=task.control_types(some),
-        surface=surface_features(some.tokens, groups=some.groups),
+        control_types=task.control_types(some) if with_baselines else None,
+        surface=surface_features(some.tokens, groups=some.groups) if with_baselines else None,
         with_description_length=spec.description_length,
         config=ProbeConfig(n_folds=spec.probe_folds, seed=spec.seed),
     )

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from analyses.streams import read_streams
 from mechinterp import refits
 from mechinterp.arms import Refit
@@ -12,25 +18,39 @@ from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Task
 
 
-def refit_readout(
-    model: HookedModel, task: Task, refit: Refit, *, utility: Utility, spec: AnalysisSpec
-) -> refits.ActionReadout:
-    """cRT and LWS are fitted on training items, DFR on validation items, tau-norm on none.
+@dataclass(frozen=True)
+class LastLayer:
+    """A checkpoint's last layer, and the streams to refit it on: read once for every refit."""
 
-    `spec.refit_items` of them, or all that the split holds.
-    """
-    own = refits.own_readout(model.model, task.actions)
-    if refit == "tau_norm":
-        return refits.normalise_rows(own)
-    split = "validation" if refit == "dfr" else "train"
-    items = task.sample(spec.refit_items, seed=spec.seed, split=split)
-    streams = read_streams(
-        model, items, task, batch_size=spec.batch_size, max_layers=spec.max_layers
-    )
-    normed = streams.normed[model.n_layers]
-    if refit == "crt":
-        return refits.retrain_classifier(normed, items.labels, utility=utility)
-    if refit == "lws":
-        return refits.scale_classes(own, normed, items.labels, utility=utility)
-    generator = derive_generator(spec.seed, "DFR")
-    return refits.refit_held_out(normed, items.labels, utility=utility, generator=generator)
+    model: HookedModel
+    task: Task
+    spec: AnalysisSpec
+
+    def refit(self, refit: Refit, utility: Utility) -> refits.ActionReadout:
+        """cRT and LWS are fitted on training items, DFR on validation items, tau-norm on none.
+
+        `spec.refit_items` of them, or all that the split holds.
+        """
+        own = refits.own_readout(self.model.model, self.task.actions)
+        if refit == "tau_norm":
+            return refits.normalise_rows(own)
+        if refit == "dfr":
+            generator = derive_generator(self.spec.seed, "DFR")
+            return refits.refit_held_out(*self._held_out, utility=utility, generator=generator)
+        if refit == "crt":
+            return refits.retrain_classifier(*self._seen, utility=utility)
+        return refits.scale_classes(own, *self._seen, utility=utility)
+
+    @cached_property
+    def _seen(self) -> tuple[Float[Tensor, "items d_model"], Int[Tensor, " items"]]:
+        return self._read("train")
+
+    @cached_property
+    def _held_out(self) -> tuple[Float[Tensor, "items d_model"], Int[Tensor, " items"]]:
+        return self._read("validation")
+
+    def _read(self, split: str) -> tuple[Tensor, Tensor]:
+        items = self.task.sample(self.spec.refit_items, seed=self.spec.seed, split=split)
+        options = {"batch_size": self.spec.batch_size, "max_layers": self.spec.max_layers}
+        streams = read_streams(self.model, items, self.task, **options)
+        return streams.normed[self.model.n_layers], items.labels

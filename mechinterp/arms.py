@@ -58,6 +58,11 @@ class Arm:
     adjusted: bool = False
     learning_rates: tuple[float, ...] = ()
 
+    @property
+    def has_own_objective(self) -> bool:
+        """Whether it is told from the control by its loss, not by its items or learning rate."""
+        return self.objective != SYMMETRIC and not self.learning_rates
+
 
 def trained_arms(
     kinds: Sequence[ArmKind],

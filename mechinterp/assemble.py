@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from mechinterp.claims import judge_claims
 from mechinterp.files import read_table
+from mechinterp.seed_measures import seed_measures
 from mechinterp.statistics import equivalence_test, sign_flip_test, t_interval
 
 if TYPE_CHECKING:
     from mechinterp.study_plan import Plan
 
 KEYS = ["task", "regime", "arm", "seed", "step"]
+IN_FULL_ONLY = ("calibration", "incentives")
 CELL = ["task", "regime", "arm", "costs", "currency", "loss"]
 
 
@@ -30,7 +33,7 @@ def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
         for name, table in step.tables(out).items():
             if step.labels.get("in_full") and name in ("ladder", "losses"):
                 name = f"{name}_in_full"
-            elif step.labels.get("in_full") is False and name.startswith("calibration"):
+            elif step.labels.get("in_full") is False and name.startswith(IN_FULL_ONLY):
                 continue  # the same, on fewer items
             parts.setdefault(name, []).append(table.drop(columns="in_full", errors="ignore"))
     tables = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
@@ -44,9 +47,12 @@ def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
         seeds_for_claims=plan.spec.seeds_for_claims,
     )
     tables["training"] = _training_logs(plan, out)
-    ends = ("calibration", "calibration_summary")
-    for name in ends:
-        tables[name] = tables[name][tables[name]["arm"] != "before"]
+    tables["measures"] = seed_measures(tables)
+    if plan.spec.claims:
+        tables["claims"] = judge_claims(plan.spec, tables["measures"], tables["competence"])
+    for name in tables:
+        if name.startswith(IN_FULL_ONLY):
+            tables[name] = tables[name][tables[name]["arm"] != "before"]
     return {name: _in_order(table) for name, table in sorted(tables.items())}
 
 

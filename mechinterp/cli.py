@@ -67,6 +67,25 @@ def study(
 
 
 @app.command()
+def claims(
+    spec: Annotated[Path, typer.Argument(help="Study spec (.yaml) with claims.")],
+    tables: Annotated[Path, typer.Argument(help="Tables measures and competence of its run.")],
+    page: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Page (.md) whose marked places are rewritten from the claims."),
+    ] = None,
+) -> None:
+    """Judge a study's claims from its tables, write claims.csv beside them, print one line each."""
+    from mechinterp import claims_text
+    from mechinterp.claims import judge_saved
+
+    loaded, judged = judge_saved(spec, tables)
+    if page is not None:
+        claims_text.fill_page(page, loaded, judged)
+    print(claims_text.overview(loaded, judged))
+
+
+@app.command()
 def compare(
     before: Checkpoint,
     after: Checkpoint,

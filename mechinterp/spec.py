@@ -5,6 +5,7 @@ Unknown keys, wrong types and missing tasks are refused with one line that names
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from pydantic import (
 from mechinterp import tasks
 from mechinterp.arms import ArmKind, Refit
 from mechinterp.errors import SpecError, TaskError, TrainingError
+from mechinterp.seed_measures import Measure
 from mechinterp.tasks.base import Task
 from mechinterp.training.config import ModelConfig, TrainingConfig, log_spaced_steps
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from mechinterp.checkpoints import Checkpoint
 
 Weights = tuple[float, ...]
+Regime = Literal["branched", "from_init"]
 PatchGrain = Literal[
     "resid_pre",
     "resid_mid",
@@ -69,7 +72,9 @@ class AnalysisSpec(StrictModel):
     Networks deeper than `max_layers` are probed, read out and cut at as many evenly spaced layers.
     Without `description_length` probes leave it out, which takes as long as all else about them.
     The crossing is also stitched, on `stitch_items` others; with 0 it is not. Gradients of
-    objectives are taken on at most `gradient_items` of the validation split; with 0 they are not.
+    objectives are taken on at most `gradient_items` of the training split; with 0 they are not.
+    In a study `crossing_items` of 0 leave out all that compares an arm's network with the one that
+    it branched from, and `pair_circuits` adds their circuits to it.
     """
 
     ladder_items: int = Field(15_000, ge=60)
@@ -83,7 +88,8 @@ class AnalysisSpec(StrictModel):
     patch_grains: tuple[PatchGrain, ...] = ("resid_pre", "attn_out", "mlp_out", "head")
     circuit_steps: int = Field(5, ge=1)
     refit_items: int = Field(6_000, ge=60)
-    crossing_items: int = Field(6_000, ge=60)
+    crossing_items: int = Field(6_000, ge=0)
+    pair_circuits: bool = False
     stitch_items: int = Field(1_000, ge=0)
     graft_items: int = Field(1_000, ge=2)
     graft_parts: Literal["component", "sublayer", "block"] = "component"
@@ -132,12 +138,33 @@ class StudyTask(TaskSpec):
     model: Annotated[ModelConfig, _known_keys(ModelConfig)] = ModelConfig()
     training: Annotated[TrainingConfig, _known_keys(TrainingConfig)] = TrainingConfig()
     arms: tuple[ArmKind, ...] = Field((), description="none: the study's")
+    competence: float | None = Field(None, gt=0, le=1, description="none: the study's")
     weights: tuple[str, ...] = Field((), description="names of the study's weights; none: all")
+    optional: bool = Field(False, description="left out where the file of its settings is absent")
 
     def training_of(self, regime: str) -> TrainingConfig:
         n_steps = self.init_steps if regime == "from_init" else self.branch_steps
         steps = log_spaced_steps(n_steps, self.n_checkpoints)
         return replace(self.training, n_steps=n_steps, checkpoint_steps=steps)
+
+
+class Claim(StrictModel):
+    """What a finding says happens, so that its runs can tell: see `mechinterp.claims`.
+
+    `arms` are kinds such as "weighted", which stands for one arm per weighting; `against` is the
+    kind they are compared with, at the same weighting where it serves one, or nothing: zero.
+    `costs` are those at which both are valued, each arm's "own" or "symmetric" ones.
+    """
+
+    question: str
+    measure: Measure
+    arms: tuple[str, ...]
+    against: str | None = None
+    expected: Literal["more", "less"]
+    margin: float | None = Field(None, gt=0, description="none: the study's")
+    costs: Literal["own", "symmetric"] = "own"
+    tasks: tuple[str, ...] = Field((), description="none: all")
+    regimes: tuple[Regime, ...] = Field((), description="none: all")
 
 
 class StudySpec(StrictModel):
@@ -148,13 +175,13 @@ class StudySpec(StrictModel):
     (`mechinterp.arms`), `refits` the arms that refit the control's last layer
     (`mechinterp.refits`). `margin` is the share of the scale below which a change is no damage,
     `competence` what the symmetric arm must reach, `seeds_for_claims` how many seeds a claim about
-    an objective takes.
+    an objective takes, and `claims` what the study is to decide.
     """
 
     name: str
     question: str = ""
     seeds: int = Field(4, ge=1)
-    regimes: tuple[Literal["branched", "from_init"], ...] = ("branched", "from_init")
+    regimes: tuple[Regime, ...] = ("branched", "from_init")
     weights: dict[str, Weights]
     arms: tuple[ArmKind, ...] = ("weighted",)
     refits: tuple[Refit, ...] = ()
@@ -163,6 +190,7 @@ class StudySpec(StrictModel):
     margin: float = Field(0.05, gt=0)
     competence: float = Field(0.9, gt=0, le=1)
     seeds_for_claims: int = Field(8, ge=2)
+    claims: dict[str, Claim] = {}
     presets: dict[str, dict[str, Any]] = {}
 
     def weights_of(self, task: str) -> dict[str, Weights]:
@@ -246,8 +274,12 @@ def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
         raise SpecError(
             f"{path}: only: no task {unknown[0]!r}; the study has: {', '.join(spec.tasks)}"
         )
-    if spec.only:
-        spec = spec.model_copy(update={"tasks": {name: spec.tasks[name] for name in spec.only}})
+    kept = {
+        name: task
+        for name, task in spec.tasks.items()
+        if name in (spec.only or spec.tasks) and not _lacks_its_file(path, name, task)
+    }
+    spec = spec.model_copy(update={"tasks": kept})
     for name, task in spec.tasks.items():
         for chosen in task.weights:
             if chosen not in spec.weights:
@@ -266,6 +298,15 @@ def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
                     f"{n_actions} labels; give one weight per label"
                 )
     return spec
+
+
+def _lacks_its_file(source: str | Path, name: str, task: StudyTask) -> bool:
+    """Says so where an optional task's file is not there."""
+    file = task.settings.get("path")
+    if not task.optional or file is None or Path(file).is_file():
+        return False
+    print(f"{source}: tasks.{name}: left out: no file {file}", file=sys.stderr)
+    return True
 
 
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from mechinterp.tasks.base import Task
 
 # Raise a number when the step's results change for the same inputs.
-VERSIONS = {"train": 1, "checkpoint": 4, "recovery": 3, "pair": 2, "competence": 1, "compare": 5}
+VERSIONS = {
+    "train": 1,
+    "checkpoint": 5,
+    "gradients": 1,
+    "recovery": 3,
+    "pair": 3,
+    "competence": 2,
+    "compare": 5,
+}
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,22 @@ def run_checkpoint(directory: str, after: list[str], inputs: dict[str, Any]) -> 
     write_step(directory, measures.tables, inputs, begun)
 
 
+def run_gradients(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
+    """Gradients of several objectives at one checkpoint."""
+    from analyses.gradients import measure_gradients
+    from mechinterp import objectives
+    from mechinterp.hooked import load
+
+    begun = time.monotonic()
+    task, spec = _task_and_spec(inputs)
+    model = load(checkpoint_path(after[0], inputs["step"]))
+    named = {}
+    for name, how in inputs["objectives"].items():
+        objective = objectives.get(**how["objective"])
+        named[name] = objectives.Shifted(objective, how["shift"]) if how["shift"] else objective
+    write_step(directory, measure_gradients(model, task, named, spec=spec), inputs, begun)
+
+
 def run_recovery(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
     """The recovery maps of one checkpoint."""
     from analyses.patching import measure_recovery
@@ -152,7 +176,8 @@ def run_recovery(directory: str, after: list[str], inputs: dict[str, Any]) -> No
 
 
 def run_pair(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
-    """Crossing and cross-checkpoint patches of two checkpoints."""
+    """Crossing, cross-checkpoint patches and, where asked for, circuits of two checkpoints."""
+    from analyses.circuits import compare_circuits
     from analyses.cross_checkpoint import measure_cross_checkpoint
     from analyses.crossing import measure_crossing
     from analyses.streams import task_costs
@@ -170,6 +195,8 @@ def run_pair(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
     tables = {"crossing": crossing}
     if inputs["with_patches"]:
         tables["cross_checkpoint"] = measure_cross_checkpoint(before, after_model, task, spec=spec)
+    if spec.pair_circuits:
+        tables |= compare_circuits(before, after_model, task, spec=spec)
     write_step(directory, tables, inputs, begun)
 
 

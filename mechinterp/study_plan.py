@@ -22,8 +22,11 @@ class Plan:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """All steps once each: cells of a study may share one."""
-        return tuple({step.key: step for step in (*self.runs.values(), *self.measures)}.values())
+        """All steps once each, for cells of a study may share one; task by task, so that a study
+        which was stopped has whole tasks."""
+        tasks = list(self.spec.tasks)
+        steps = {step.key: step for step in (*self.runs.values(), *self.measures)}
+        return tuple(sorted(steps.values(), key=lambda step: tasks.index(step.labels["task"])))
 
 
 def make_plan(spec: StudySpec) -> Plan:
@@ -103,13 +106,14 @@ def _measures_of_seed(
     common = {**_task_inputs(task), "analysis": task.analysis.model_dump(mode="json")}
     init_run = runs[name, "from_init", CONTROL, seed]
     final = {"from_init": task.init_steps, "branched": task.branch_steps}
+    shifts = _shifts_of(spec, name)
 
     def labels(regime: str, arm: str, step: int) -> dict[str, Any]:
         return {"task": name, "regime": regime, "arm": arm, "seed": seed, "step": step}
 
     yield Step(
         "competence",
-        {**common, "step": task.init_steps, "threshold": spec.competence},
+        {**common, "step": task.init_steps, "threshold": task.competence or spec.competence},
         {"task": name, "regime": "from_init", "seed": seed},
         (init_run,),
     )
@@ -126,10 +130,13 @@ def _measures_of_seed(
                 is_final = step == final[regime]
                 readings = _readings(spec, name, arm, how, is_final=is_final)
                 yield from _checkpoint_steps(common, readings, run, step, at, is_final=is_final)
+                yield from _gradient_steps(common, shifts, arms, arm, run, step, at)
         # Step 0 is one network for all arms of a regime.
         at = labels(regime, "before", 0)
         readings = _readings(spec, name, "before", None, is_final=True)
         yield from _checkpoint_steps(common, readings, *before, at, is_final=True)
+        at = labels(regime, CONTROL, 0)
+        yield from _gradient_steps(common, shifts, arms, CONTROL, *before, at)
         for arm in ["before", *arms]:
             run, step = (
                 before if arm == "before" else (runs[name, regime, arm, seed], final[regime])
@@ -137,7 +144,7 @@ def _measures_of_seed(
             if regime == "branched" or arm != "before":
                 at = labels(regime, arm, 0 if arm == "before" else step)
                 yield Step("recovery", {**common, "step": step}, at, (run,))
-        if regime == "branched":
+        if regime == "branched" and task.analysis.crossing_items:
             for arm, how in arms.items():
                 reference = (
                     (runs[name, regime, CONTROL, seed], final[regime])
@@ -147,6 +154,14 @@ def _measures_of_seed(
                 run = runs[name, regime, arm, seed]
                 at = labels(regime, arm, final[regime])
                 yield _pair_step(spec, common, name, arm, how, reference, (run, final[regime]), at)
+
+
+def _shifts_of(spec: StudySpec, name: str) -> dict[str, list[float]]:
+    """By weighting, what adjusts the control's logits to it."""
+    return {
+        label: ex_post_shift(diagonal_utility(values)).tolist()
+        for label, values in spec.weights_of(name).items()
+    }
 
 
 def _readings(
@@ -160,9 +175,7 @@ def _readings(
     """
     weights = spec.weights_of(name)
     all_costs = {f"w{label}": list(values) for label, values in weights.items()}
-    shifts = {
-        label: ex_post_shift(diagonal_utility(values)).tolist() for label, values in weights.items()
-    }
+    shifts = _shifts_of(spec, name)
     if how is not None and how.weights is not None:
         own = f"w{how.weights}"
         shift = shifts[how.weights] if how.adjusted else None
@@ -206,6 +219,36 @@ def _checkpoint_steps(
         yield Step("checkpoint", inputs, {**at, "in_full": full}, (run,))
 
 
+def _gradient_steps(
+    common: dict[str, Any],
+    shifts: dict[str, list[float]],
+    arms: dict[str, Arm],
+    arm: str,
+    run: Step,
+    step: int,
+    labels: dict[str, Any],
+) -> Iterator[Step]:
+    """At the control's checkpoints every objective of the study, by the arm that trains on it; at
+    those of weighted arms their own, beside the symmetric one.
+
+    The control is shifted to the costs that an objective serves: else most of its gradient would
+    be the threshold that the control lacks.
+    """
+    objectives: dict[str, Any] = {CONTROL: {"objective": arms[CONTROL].objective, "shift": None}}
+    if arm == CONTROL:
+        for name, how in arms.items():
+            if how.has_own_objective:
+                shift = shifts[how.weights] if how.weights else None
+                objectives[name] = {"objective": how.objective, "shift": shift}
+    elif arms[arm].has_own_objective and arms[arm].objective["name"] == "utility_weighted":
+        objectives[arm] = {"objective": arms[arm].objective, "shift": None}
+    else:
+        return
+    if common["analysis"]["gradient_items"]:
+        inputs = {**common, "step": step, "objectives": objectives}
+        yield Step("gradients", inputs, labels, (run,))
+
+
 def _pair_step(
     spec: StudySpec,
     common: dict[str, Any],
@@ -216,7 +259,7 @@ def _pair_step(
     after: tuple[Step, int],
     labels: dict[str, Any],
 ) -> Step:
-    """Crossing and cross-checkpoint patches: before with an arm, or the controls' null."""
+    """Crossing, cross-checkpoint patches, circuits: before with an arm, or the controls' null."""
     null = arm == REORDERED
     costs = {f"w{label}": list(values) for label, values in spec.weights_of(name).items()}
     inputs = {

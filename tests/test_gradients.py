@@ -66,7 +66,7 @@ def plain_gradients(raw, items, objective, rows) -> tuple[dict, torch.Tensor]:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_parts_equal_a_plain_loop_over_batches(name, tables):
     raw = tiny_model("llama")
-    items = TRIAGE.sample(N_ITEMS, seed=SPEC.seed, split="validation")
+    items = TRIAGE.sample(N_ITEMS, seed=SPEC.seed, split="train")
     batches, reference = (
         [
             plain_gradients(raw, items, OBJECTIVES[n], rows)[0]
@@ -126,7 +126,7 @@ def one_by_one(raw, items, name) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["weighted", "hard"])
 def test_latents_equal_a_plain_loop_over_items(name, few):
     raw = tiny_model("llama")
-    items = TRIAGE.sample(64, seed=FEW.seed, split="validation")
+    items = TRIAGE.sample(64, seed=FEW.seed, split="train")
     gradients = one_by_one(raw, items, name)
     with torch.no_grad():
         states = raw(input_ids=items.tokens, output_hidden_states=True).hidden_states
@@ -158,7 +158,7 @@ def test_latents_equal_a_plain_loop_over_items(name, few):
 
 def test_posterior_equals_a_plain_loop_over_items(few):
     model, name = shared_model("llama"), "weighted"
-    items = TRIAGE.sample(64, seed=FEW.seed, split="validation")
+    items = TRIAGE.sample(64, seed=FEW.seed, split="train")
     norms = []
     for i in range(len(items)):
         row = items.tokens[i : i + 1]
@@ -270,7 +270,7 @@ def test_a_small_split_gives_smaller_batches_and_noise_as_of_whole_ones():
     found = measure_gradients(model, Few(), OBJECTIVES, spec=SPEC)
     assert set(found) == {"gradients", "gradients_latents"}
     size = 100 // MIN_BATCHES
-    items = Few().sample(100, seed=SPEC.seed, split="validation")
+    items = Few().sample(100, seed=SPEC.seed, split="train")
     items = items.select(slice(0, size * MIN_BATCHES))
     gradients, residual = batch_gradients(
         model, Few(), items, {"symmetric": OBJECTIVES["symmetric"]}, batch_size=size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from mechinterp.objectives.utility_weighted import utility_weighted
 
 __all__ = [
     "Objective",
+    "Shifted",
     "cross_entropy",
     "focal",
     "get",
@@ -57,6 +58,20 @@ class Objective:
     def describe(self) -> dict[str, Any]:
         """Name and settings as plain values, for a provenance file."""
         return {"name": self.name, **self.settings}
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """An objective of the logits after an ex-post shift: what it teaches a network whose decision
+    serves its costs already."""
+
+    objective: Objective
+    shift: Sequence[float]
+
+    def __call__(
+        self, action_logits: Float[Tensor, "batch actions"], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        return self.objective(action_logits + action_logits.new_tensor(self.shift), labels)
 
 
 def get(name: str, **settings: Any) -> Objective:

@@ -29,8 +29,9 @@ FIRST_MARKER = 6
 
 @dataclass(frozen=True)
 class Triage(Task):
-    """Log-odds of attention = base + sum of `linear` effects x ±1 + sum of `xor` effects x ±1 x ±1.
+    """Log-odds of attention = base + (sum of `linear` x ±1 + sum of `xor` x ±1 x ±1) / difficulty.
 
+    At difficulty 2 the findings say half as much.
     `label_noise` flips that share of the labels. `n_fillers` positions hold one of `n_filler_kinds`
     meaningless tokens; `n_decoys` values follow a filler instead of a marker and mean nothing.
     """
@@ -39,6 +40,7 @@ class Triage(Task):
     xor: tuple[float, ...] = (2.5,)
     n_unneeded: int = 1
     base_log_odds: float = 0.0
+    difficulty: float = 1.0
     label_noise: float = 0.0
     n_fillers: int = 2
     n_filler_kinds: int = 8
@@ -55,6 +57,8 @@ class Triage(Task):
         object.__setattr__(self, "utility", check_utility(self.utility, n=2))
         if not 0 <= self.label_noise < 0.5:
             raise TaskError(f"triage: label_noise must be in [0, 0.5), got {self.label_noise}")
+        if not self.difficulty > 0:
+            raise TaskError(f"triage: difficulty must be positive, got {self.difficulty}")
         if not 1 <= self.n_latents <= 16:
             raise TaskError(
                 f"triage: 1 to 16 latents are possible, these settings ask for {self.n_latents}"
@@ -89,10 +93,11 @@ class Triage(Task):
         """P(label = 1 | latents), latents coded 0/1 in the order of `self.latents`."""
         sign = 2.0 * values.double() - 1.0
         n_linear = len(self.linear)
-        log_odds = self.base_log_odds + sign[..., :n_linear] @ sign.new_tensor(self.linear)
+        evidence = sign[..., :n_linear] @ sign.new_tensor(self.linear)
         for pair, effect in enumerate(self.xor):
             first = n_linear + 2 * pair
-            log_odds = log_odds + effect * sign[..., first] * sign[..., first + 1]
+            evidence = evidence + effect * sign[..., first] * sign[..., first + 1]
+        log_odds = self.base_log_odds + evidence / self.difficulty
         return self.label_noise + (1 - 2 * self.label_noise) * torch.sigmoid(log_odds)
 
     def sample(self, n: int, *, seed: int = 0, split: str = "test") -> Items:

@@ -7,6 +7,7 @@ usual `if __name__ == "__main__":`.
 
 from __future__ import annotations
 
+import heapq
 import os
 import signal
 import sys
@@ -50,9 +51,9 @@ class JobResult:
 def run_jobs(jobs: Sequence[Job], *, n_workers: int, label: str) -> Iterator[JobResult]:
     """Run `jobs` in `n_workers` processes and yield each result as it comes.
 
-    Jobs start in the given order as far as `after` allows. The first error ends the others' work
-    and is raised, a MechinterpError with the job's key before its message. Ctrl-C, closing the
-    iterator and the death of this process end the workers too.
+    Of the jobs that `after` allows, the first in the given order starts next. The first error ends
+    the others' work and is raised, a MechinterpError with the job's key before its message. Ctrl-C,
+    closing the iterator and the death of this process end the workers too.
     """
     by_key = {job.key: job for job in jobs}
     if len(by_key) < len(jobs):
@@ -66,12 +67,16 @@ def run_jobs(jobs: Sequence[Job], *, n_workers: int, label: str) -> Iterator[Job
         n_workers, mp_context=get_context("spawn"), initializer=_start_worker
     )
     running: dict[Future[tuple[Any, float]], str] = {}
+    place = {job.key: index for index, job in enumerate(jobs)}
+    ready: list[tuple[int, str]] = []
     try:
         with progress_bar(label, len(jobs), unit="steps") as advance:
             while order.is_active():
                 for key in order.get_ready():
-                    job = by_key[key]
-                    running[executor.submit(_call, job.function, dict(job.kwargs))] = key
+                    heapq.heappush(ready, (place[key], key))
+                while ready and len(running) < n_workers:
+                    job = by_key[heapq.heappop(ready)[1]]
+                    running[executor.submit(_call, job.function, dict(job.kwargs))] = job.key
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     key = running.pop(future)

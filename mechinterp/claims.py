@@ -55,15 +55,17 @@ SERVING = re.compile(r"(?P<kind>.+?)_(?P<weights>\d[\d.]*)$")
 
 
 def judge_saved(spec: str | Path, tables: str | Path) -> tuple[StudySpec, pd.DataFrame]:
-    """The claims of the spec from saved tables `measures` and `competence`; writes claims.csv.
+    """The claims of the spec from saved tables `measures` and `competence`.
 
-    Raises AnalysisError where a table is absent.
+    Writes `claims.parquet` beside them, for figures, and `claims.csv`, for people. Raises
+    AnalysisError where a table is absent.
     """
     from mechinterp.spec import load_study
 
     loaded = load_study(spec)
     measures, competence = (_read(Path(tables), name) for name in ("measures", "competence"))
     judged = judge_claims(loaded, measures, competence)
+    files.write_table(Path(tables) / "claims.parquet", judged)
     with files.atomic_file(Path(tables) / "claims.csv") as temporary:
         judged.to_csv(temporary, index=False, float_format="%.6g")
     return loaded, judged

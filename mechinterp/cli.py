@@ -75,7 +75,7 @@ def claims(
         typer.Option(help="Page (.md) whose marked places are rewritten from the claims."),
     ] = None,
 ) -> None:
-    """Judge a study's claims from its tables, write claims.csv beside them, print one line each."""
+    """Judge a study's claims from its tables, write them beside these, print a line for each."""
     from mechinterp import claims_text
     from mechinterp.claims import judge_saved
 

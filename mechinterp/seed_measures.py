@@ -96,6 +96,8 @@ def _steps_to_learn(tables: Tables) -> pd.DataFrame:
         if reference not in curves.index:
             continue
         control = curves.xs(reference).dropna()
+        if not curve.dropna().index.equals(control.index):  # refits are read where the control ends
+            continue
         goal = control.iloc[0] + HALF * (control.iloc[-1] - control.iloc[0])
         known = curve.dropna()
         steps = crossing_step(known.index.to_numpy(float), known.to_numpy(float), goal)

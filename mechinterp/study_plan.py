@@ -8,7 +8,7 @@ from typing import Any
 
 from mechinterp.arms import CONTROL, REORDERED, Arm, trained_arms
 from mechinterp.decisions import diagonal_utility, ex_post_shift
-from mechinterp.spec import StudySpec, StudyTask
+from mechinterp.spec import AnalysisSpec, StudySpec, StudyTask
 from mechinterp.steps import Step
 
 
@@ -103,7 +103,9 @@ def _measures_of_seed(
     arms_by_regime: dict[str, dict[str, Arm]],
 ) -> Iterator[Step]:
     task = spec.tasks[name]
-    common = {**_task_inputs(task), "analysis": task.analysis.model_dump(mode="json")}
+    # Without defaults: what is done stays done when an analysis learns a new option.
+    analysis = task.analysis.model_dump(mode="json", exclude_defaults=True)
+    common = {**_task_inputs(task), "analysis": analysis}
     init_run = runs[name, "from_init", CONTROL, seed]
     final = {"from_init": task.init_steps, "branched": task.branch_steps}
     shifts = _shifts_of(spec, name)
@@ -129,14 +131,18 @@ def _measures_of_seed(
                 at = labels(regime, arm, step)
                 is_final = step == final[regime]
                 readings = _readings(spec, name, arm, how, is_final=is_final)
-                yield from _checkpoint_steps(common, readings, run, step, at, is_final=is_final)
-                yield from _gradient_steps(common, shifts, arms, arm, run, step, at)
+                yield from _checkpoint_steps(
+                    common, task.analysis, readings, run, step, at, is_final=is_final
+                )
+                if task.analysis.gradient_items:
+                    yield from _gradient_steps(common, shifts, arms, arm, run, step, at)
         # Step 0 is one network for all arms of a regime.
         at = labels(regime, "before", 0)
         readings = _readings(spec, name, "before", None, is_final=True)
-        yield from _checkpoint_steps(common, readings, *before, at, is_final=True)
-        at = labels(regime, CONTROL, 0)
-        yield from _gradient_steps(common, shifts, arms, CONTROL, *before, at)
+        yield from _checkpoint_steps(common, task.analysis, readings, *before, at, is_final=True)
+        if task.analysis.gradient_items:
+            at = labels(regime, CONTROL, 0)
+            yield from _gradient_steps(common, shifts, arms, CONTROL, *before, at)
         for arm in ["before", *arms]:
             run, step = (
                 before if arm == "before" else (runs[name, regime, arm, seed], final[regime])
@@ -193,6 +199,7 @@ def _readings(
 
 def _checkpoint_steps(
     common: dict[str, Any],
+    analysis: AnalysisSpec,
     readings: dict[str, dict[str, Any]],
     run: Step,
     step: int,
@@ -201,10 +208,9 @@ def _checkpoint_steps(
     is_final: bool,
 ) -> Iterator[Step]:
     """The measurements of one checkpoint: along the trajectory, and in full where an arm ends."""
-    analysis = common["analysis"]
-    sizes = {analysis["trajectory_items"]: False}
+    sizes = {analysis.trajectory_items: False}
     if is_final:
-        sizes[analysis["ladder_items"]] = True
+        sizes[analysis.ladder_items] = True
     for n_items, full in sizes.items():
         inputs = {
             **common,
@@ -212,7 +218,7 @@ def _checkpoint_steps(
             "readings": readings,
             "n_items": n_items,
             "with_latents": is_final,
-            "with_probes": n_items == analysis["trajectory_items"],
+            "with_probes": n_items == analysis.trajectory_items,
         }
         # The readings name the arms, so the label must not.
         at = {key: value for key, value in labels.items() if key != "arm"}
@@ -244,9 +250,8 @@ def _gradient_steps(
         objectives[arm] = {"objective": arms[arm].objective, "shift": None}
     else:
         return
-    if common["analysis"]["gradient_items"]:
-        inputs = {**common, "step": step, "objectives": objectives}
-        yield Step("gradients", inputs, labels, (run,))
+    inputs = {**common, "step": step, "objectives": objectives}
+    yield Step("gradients", inputs, labels, (run,))
 
 
 def _pair_step(

@@ -48,12 +48,13 @@ def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
     )
     tables["training"] = _training_logs(plan, out)
     tables["measures"] = seed_measures(tables)
-    if plan.spec.claims:
-        tables["claims"] = judge_claims(plan.spec, tables["measures"], tables["competence"])
     for name in tables:
         if name.startswith(IN_FULL_ONLY):
             tables[name] = tables[name][tables[name]["arm"] != "before"]
-    return {name: _in_order(table) for name, table in sorted(tables.items())}
+    tables = {name: _in_order(table) for name, table in sorted(tables.items())}
+    if plan.spec.claims:  # in the order of the spec
+        tables["claims"] = judge_claims(plan.spec, tables["measures"], tables["competence"])
+    return tables
 
 
 def contrast_arms(

@@ -50,6 +50,7 @@ COLUMNS = [
     "p_holm",
     "margin",
     "outcome",
+    "question",
 ]
 SERVING = re.compile(r"(?P<kind>.+?)_(?P<weights>\d[\d.]*)$")
 
@@ -139,6 +140,7 @@ def _cells(
                     "n_seeds": len(changes),
                     "p": t_test(changes),
                     "margin": margin,
+                    "question": claim.question,
                     "changes": changes,
                 }
 

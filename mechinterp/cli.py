@@ -74,11 +74,19 @@ def claims(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Page (.md) whose marked places are rewritten from the claims."),
     ] = None,
+    keep: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for a small copy of the tables, which are then judged."),
+    ] = None,
 ) -> None:
     """Judge a study's claims from its tables, write them beside these, print a line for each."""
     from mechinterp import claims_text
     from mechinterp.claims import judge_saved
+    from mechinterp.kept_tables import keep_tables
 
+    if keep is not None:
+        keep_tables(tables, keep)
+        tables = keep
     loaded, judged = judge_saved(spec, tables)
     if page is not None:
         claims_text.fill_page(page, loaded, judged)

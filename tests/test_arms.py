@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import pandas as pd
 import pytest
+import torch
 import yaml
 from tiny_study import SPEC
 
 from mechinterp import objectives, tasks
 from mechinterp.arms import CONTROL, REORDERED, TUNING_FACTORS, trained_arms
+from mechinterp.cli import main
 from mechinterp.errors import SpecError
 from mechinterp.files import read_json, read_table
 from mechinterp.spec import load_study
@@ -72,11 +77,45 @@ def test_a_task_may_choose_its_arms_and_weights(tmp_path):
         load_study(spec_with(tmp_path, task={"weights": ["1.9"]}))
 
 
+def test_gradients_are_compared_at_equal_decisions(tmp_path):
+    """At the control's checkpoints an objective that serves costs sees logits shifted to them."""
+    path = spec_with(tmp_path, seeds=1, regimes=["branched"], arms=["weighted", "focal"])
+    plan = make_plan(load_study(path))
+    steps = [step for step in plan.measures if step.kind == "gradients"]
+    control = next(s for s in steps if s.labels["arm"] == CONTROL).inputs["objectives"]
+    assert set(control) == {CONTROL, "weighted_1.8", "focal"}
+    assert control[CONTROL]["shift"] is control["focal"]["shift"] is None
+    shift = control["weighted_1.8"]["shift"]
+    assert shift[1] - shift[0] == pytest.approx(math.log(1.8 / 0.2))
+    own = next(s for s in steps if s.labels["arm"] == "weighted_1.8").inputs["objectives"]
+    assert own["weighted_1.8"]["shift"] is None
+    assert {s.labels["arm"] for s in steps} == {CONTROL, "weighted_1.8"}
+
+
+def test_a_shifted_objective_is_that_of_shifted_logits():
+    objective = objectives.get("utility_weighted", utility=[[0.2, 0.0], [0.0, 1.8]])
+    logits, labels = torch.tensor([[0.3, -0.2], [1.0, 2.0]]), torch.tensor([0, 1])
+    shifted = objectives.Shifted(objective, [-1.0, 1.0])(logits, labels)
+    torch.testing.assert_close(shifted, objective(logits + torch.tensor([-1.0, 1.0]), labels))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("arms")
+    claim = {
+        "question": "Does it learn less?",
+        "measure": "learning",
+        "arms": ["weighted", "crt"],
+        "against": "symmetric",
+        "expected": "more",
+    }
     path = spec_with(
-        directory, seeds=1, regimes=["branched"], arms=list(KINDS), refits=list(REFITS)
+        directory,
+        seeds=1,
+        regimes=["branched"],
+        arms=list(KINDS),
+        refits=list(REFITS),
+        claims={"learns_less": claim},
     )
     out = directory / "out"
     run_study(path, out=out, n_workers=2)
@@ -110,3 +149,22 @@ def test_tuning_keeps_the_best_rate(finished):
     default = 3e-3
     assert min(abs(rate / default - factor) for factor in TUNING_FACTORS) < 1e-9
     assert len(list(run.resolve().parent.glob("rate-*"))) == len(TUNING_FACTORS) - 1
+
+
+@pytest.mark.slow
+def test_claims_and_what_is_kept_of_a_study(finished, tmp_path, capsys):
+    claims = read_table(finished / "tables" / "claims.parquet")
+    assert set(claims["arm"]) == {"weighted_1.8", "crt_1.8"}
+    assert set(claims["outcome"]) <= {"void", "not powered"}
+    main(
+        [
+            "claims",
+            str(finished.parent / "arms.yaml"),
+            str(finished / "tables"),
+            "--keep",
+            str(tmp_path),
+        ]
+    )
+    assert "| `learns_less` | Does it learn less? | 2 |" in capsys.readouterr().out
+    kept = read_table(tmp_path / "claims.parquet")
+    pd.testing.assert_frame_equal(kept, claims, rtol=1e-5, check_dtype=False)

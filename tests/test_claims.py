@@ -1,5 +1,8 @@
 """Claims against answers that are known, their text, and the command."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -172,3 +175,21 @@ def test_the_command_names_an_absent_table(tmp_path, capsys):
         main(["claims", "studies/utility_weighted.yaml", str(tmp_path)])
     assert stop.value.code == 2
     assert "measures.parquet: no such table; give OUT/tables of a study" in capsys.readouterr().err
+
+
+def test_the_findings_page_is_what_its_tables_say(tmp_path):
+    """Judged again from the committed tables, the page does not change."""
+    root = Path(__file__).parents[1]
+    tables = root / "docs/findings/utility_weighted/tables"
+    if not tables.is_dir():
+        pytest.skip("the finding has no tables yet")
+    copy = tmp_path / "tables"
+    copy.mkdir()
+    for name in ("measures", "competence"):
+        shutil.copy(tables / f"{name}.parquet", copy)
+    spec, judged = claims.judge_saved(root / "studies/utility_weighted.yaml", copy)
+    page = tmp_path / "page.md"
+    shutil.copy(root / "docs/findings/utility_weighted.md", page)
+    claims_text.fill_page(page, spec, judged)
+    assert page.read_text() == (root / "docs/findings/utility_weighted.md").read_text()
+    assert (copy / "claims.csv").read_text() == (tables / "claims.csv").read_text()

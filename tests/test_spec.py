@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mechinterp.claims import kind_and_weights
 from mechinterp.errors import SpecError
 from mechinterp.spec import load_study, load_task
-from mechinterp.study_plan import make_plan
+from mechinterp.study_plan import arms_of, make_plan
 
 MAIN = Path(__file__).parents[1] / "studies" / "main.yaml"
+UTILITY = MAIN.with_name("utility_weighted.yaml")
 
 
 def set_in(value, path, new):
@@ -119,3 +121,49 @@ def test_a_preset_may_leave_tasks_out(tmp_path):
 def test_every_study_that_is_shipped_can_be_planned(path):
     for preset in (None, "quick", "full"):
         assert make_plan(load_study(path, preset=preset)).steps
+
+
+def test_every_claim_of_the_shipped_finding_names_arms_that_it_trains():
+    spec = load_study(UTILITY, preset="full")
+    regimes = spec.regimes
+    arms = {
+        kind_and_weights(arm)[0]
+        for name in spec.tasks
+        for regime in regimes
+        for arm in arms_of(spec, name, regime)
+    } | {"ex_post", *spec.refits}
+    for name, claim in spec.claims.items():
+        assert {*claim.arms, claim.against or "ex_post"} <= arms, name
+        assert set(claim.tasks) <= set(spec.tasks), name
+    assert spec.seeds >= spec.seeds_for_claims
+    for task in spec.tasks.values():
+        assert task.n_checkpoints >= 6
+
+
+def test_an_optional_task_is_left_out_without_its_file(tmp_path, capsys):
+    raw = yaml.safe_load(MAIN.read_text())
+    raw["tasks"]["xrays"] = {
+        "task": "pneumonia",
+        "settings": {"path": str(tmp_path / "absent.npz")},
+        "optional": True,
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert set(load_study(path).tasks) == {"triage", "digits"}
+    assert "tasks.xrays: left out: no file" in capsys.readouterr().err
+
+
+def test_a_study_goes_task_by_task():
+    plan = make_plan(load_study(MAIN))
+    tasks = [step.labels["task"] for step in plan.steps]
+    assert tasks == sorted(tasks, key=["triage", "digits"].index)
+    assert len({step.key for step in plan.steps}) == len(plan.steps)
+
+
+def test_steps_do_not_depend_on_options_left_at_their_defaults(tmp_path):
+    raw = yaml.safe_load(MAIN.read_text())
+    raw["tasks"]["triage"]["analysis"]["ladder_items"] = 15_000  # what it is anyway
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    ours, theirs = (make_plan(load_study(p)).steps for p in (MAIN, path))
+    assert [step.key for step in ours] == [step.key for step in theirs]

@@ -15,6 +15,7 @@ ANALYSIS = {
     "crossing_items": 120,
     "stitch_items": 60,
     "graft_items": 60,
+    "gradient_items": 64,
 }
 SPEC = {
     "name": "tiny",

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from mechinterp.errors import AnalysisError
 from mechinterp.randomness import derive_rng
-from mechinterp.statistics import MAX_EXACT
+from mechinterp.statistics import MAX_EXACT, NO_SPREAD
 
 INTERVALS = ("bootstrap_t", "bca", "student")
 _ROWS = 512  # resamples or sign flips in one matrix product
 _TIE = 1e-9  # relative; equal sums are rounded in different orders
-_NO_SPREAD = 1e-6  # of the observed error: what rounding leaves of a resample of equal values
 _MANY = 16  # units; a cell that rests on a third of them, or of its own if fewer, can be resampled
 
 
@@ -126,7 +125,7 @@ def _bootstrap_t(
     for rows, counts in _resamples(len(sums), n_resamples, seed):
         deviation, error = _mean_and_error(counts, sums, sizes)
         with np.errstate(invalid="ignore"):
-            flat = error <= _NO_SPREAD * observed
+            flat = error <= NO_SPREAD * observed
             studentised[rows] = deviation / np.where(flat, np.inf, error)
     tail = 0.5 - level / 2
     lower, upper = _quantiles(studentised, [tail, 1 - tail])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from analyses.incentives import log_odds_bins
 from analyses.pair import Pair, run_script
 from analyses.streams import check_fits, decision_sites
 from mechinterp import objectives as losses
@@ -279,9 +280,7 @@ def _pushes(
 def _posterior_table(gradient: Float[Tensor, "items d_model"], items: Items) -> pd.DataFrame:
     """Columns log_odds, n_items, measure, value."""
     assert items.posterior is not None
-    log_odds = items.posterior[:, 1].double().logit()
-    # First to six digits: equal posteriors may differ in the last bit, and halves would part.
-    bins = log_odds.round(decimals=6).round() + 0.0
+    bins = log_odds_bins(items.posterior)
     table = pd.DataFrame({"log_odds": bins, "norm": gradient.double().norm(dim=1)})
     by_bin = table.groupby("log_odds")["norm"]
     wide = by_bin.agg(n_items="count", norm="mean").reset_index()

@@ -127,11 +127,8 @@ def _rows(table: pd.DataFrame) -> _Rows:
     study = study[study["objective"].isin(shown)]
     shared = study[study["arm"] == CONTROL]
     shared = shared.assign(arm=shared["objective"])
-    own = study[study["arm"] == study["objective"]]
-    # Step 0 is one network for all arms of a regime, and stands under the control's name.
-    starts = shared[(shared["step"] == 0) & shared["arm"].isin(set(own["arm"]) - {CONTROL})]
-    own = pd.concat([starts, own, where(pair, objective=judged)])
-    return _Rows(own.drop_duplicates(), shared[shared["arm"] != CONTROL])
+    own = pd.concat([study[study["arm"] == study["objective"]], where(pair, objective=judged)])
+    return _Rows(own, shared[shared["arm"] != CONTROL])
 
 
 def _over_steps(ax: Axes, rows: _Rows) -> list[pd.DataFrame]:

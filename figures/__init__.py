@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # In the order in which a reader wants them.
 NAMES = (
+    "claims",
     "dissociation",
     "ladder",
     "trajectories",

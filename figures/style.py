@@ -235,7 +235,7 @@ def legend(figure: Figure, handles: Sequence[Any], note: str = "") -> None:
 
     renderer = FigureCanvasAgg(figure).get_renderer()
     wide = figure.get_figwidth()
-    note = textwrap.fill(note, int(wide * 19))
+    note = "\n".join(textwrap.fill(line, int(wide * 19)) for line in note.split("\n"))
     for n_rows in range(1, max(len(handles), 1) + 1):
         n_columns = max(-(-len(handles) // n_rows), 1)
         # matplotlib fills columns first.

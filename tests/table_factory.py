@@ -96,6 +96,7 @@ def study_tables(
         "ladder": _ladder(losses),
         "contrasts": _contrasts(full),
         "competence": pd.DataFrame([_competence(*key) for key in keys if key[2] == "before"]),
+        "claims": pd.DataFrame(_claims(tasks, regimes, arms)),
     }
 
 
@@ -114,7 +115,7 @@ def pair_tables(
         steps=(0, 800),
         **shape,
     )
-    del study["losses_in_full"], study["competence"], study["training"]
+    del study["losses_in_full"], study["competence"], study["training"], study["claims"]
     tables = {}
     for name, table in study.items():
         table = table[(table["arm"] != "before") & (table["step"] > 0)].assign(regime="pair")
@@ -727,3 +728,34 @@ def _competence(task, regime, arm, seed, step):
         "reference": "oracle" if known else "logistic_regression",
         "competent": True,
     }
+
+
+# claim: measure, direction, margin, arms by how they begin
+CLAIMS = {
+    "learns_less": ("learning", "more", 0.05, "weighted"),
+    "chooses_better": ("choosing", "less", 0.05, "weighted"),
+    "learns_slower": ("steps_to_learn", "more", 0.25, "weighted"),
+    "adjusts_less": ("needed_information", "less", 0.02, "ex_post"),
+}
+
+
+def _claims(tasks, regimes, arms):
+    """Cells of every outcome, by turns."""
+    outcomes = ("replicated", "null", "inconclusive", "reversed", "void", "not powered")
+    turns = itertools.cycle(enumerate(outcomes))
+    for claim, (measure, expected, margin, kind) in CLAIMS.items():
+        for task, regime, arm in itertools.product(tasks, regimes, arms):
+            if not arm.startswith(kind):
+                continue
+            turn, outcome = next(turns)
+            sign = 1 if expected == "more" else -1
+            mean = sign * margin * (4, 0.2, 1, -30, 2, -2)[turn]
+            half = margin * (1.5, 0.3, 2, 5, 1, 3)[turn]
+            yield {
+                **{"claim": claim, "task": task, "regime": regime, "arm": arm},
+                **{"against": "symmetric", "costs": "", "measure": measure, "expected": expected},
+                **{"mean": mean, "low": mean - half, "high": mean + half, "n_seeds": 8},
+                **{"p": 0.01, "p_holm": (0.0001, 1.0, 0.2, 0.012, 0.3, 0.4)[turn]},
+                **{"margin": margin, "outcome": outcome},
+                "question": f"Is it so that {claim.replace('_', ' ')}, as it has been said?",
+            }

@@ -286,7 +286,9 @@ class _Seed:
         deviations = []
         for begin in range(0, n, rows):
             drawn = rng.integers(0, n_groups, (min(rows, n - begin), n_groups), dtype=np.uint32)
-            deviations.append(self.sums[drawn].sum(axis=1) / self.sizes[drawn].sum(axis=1))
+            equal = np.ptp(self.sizes) == 0  # as without groups: half the work
+            total = n_groups * self.sizes[0] if equal else self.sizes[drawn].sum(axis=1)
+            deviations.append(self.sums[drawn].sum(axis=1) / total)
         # A resample of n varies by (n - 1) / n of what the mean of n does.
         return np.concatenate([np.empty(0), *deviations]) * np.sqrt(n_groups / (n_groups - 1))
 
@@ -320,15 +322,16 @@ def _studentised_interval(
 def _upper_p(x: np.ndarray, distance: float) -> float:
     """One-sided p-value of a t test by which x's mean lies `distance` beyond a bound.
 
-    NaN from a single value; without any spread the statistic is infinite.
+    NaN from a single value; without any spread it is 0 or 1.
     """
     from scipy.stats import t
 
     if len(x) < 2:
         return float("nan")
     error = x.std(ddof=1) / np.sqrt(len(x))
-    statistic = distance / error if error > 0 else np.copysign(np.inf, distance)
-    return float(t.sf(statistic, len(x) - 1))
+    if error == 0:
+        return 0.0 if distance > 0 else 1.0
+    return float(t.sf(distance / error, len(x) - 1))
 
 
 def _ratio(

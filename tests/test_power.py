@@ -40,7 +40,7 @@ def test_at_the_margin_power_is_the_size_of_the_test():
     assert power.power_intact(0.05, sd=0.2, n_seeds=8) < 0.05
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(
     st.integers(2, 200),
     st.floats(-0.04, 0.04),

@@ -64,7 +64,7 @@ def judge_saved(spec: str | Path, tables: str | Path) -> tuple[StudySpec, pd.Dat
     from mechinterp.spec import load_study
 
     loaded = load_study(spec)
-    measures, competence = (_read(Path(tables), name) for name in ("measures", "competence"))
+    measures, competence = (read_saved(Path(tables), name) for name in ("measures", "competence"))
     judged = judge_claims(loaded, measures, competence)
     files.write_table(Path(tables) / "claims.parquet", judged)
     with files.atomic_file(Path(tables) / "claims.csv") as temporary:
@@ -72,7 +72,7 @@ def judge_saved(spec: str | Path, tables: str | Path) -> tuple[StudySpec, pd.Dat
     return loaded, judged
 
 
-def _read(tables: Path, name: str) -> pd.DataFrame:
+def read_saved(tables: Path, name: str) -> pd.DataFrame:
     path = tables / f"{name}.parquet"
     if not path.is_file():
         raise AnalysisError(f"{path}: no such table; give OUT/tables of a study")
@@ -121,7 +121,7 @@ def _cells(
                 continue
             against = _reference(claim, weights, set(here["arm"]))
             for costs in _costs_of(claim, here[here["arm"] == arm], weights):
-                changes = _changes(here, arm, against, costs)
+                changes = changes_by_seed(here, arm, against, costs)
                 if not len(changes):
                     continue
                 interval = t_interval(changes)
@@ -168,7 +168,7 @@ def _costs_of(claim: Claim, own: pd.DataFrame, weights: str | None) -> list[str]
     return [wanted] if wanted in present else []
 
 
-def _changes(here: pd.DataFrame, arm: str, against: str | None, costs: str) -> np.ndarray:
+def changes_by_seed(here: pd.DataFrame, arm: str, against: str | None, costs: str) -> np.ndarray:
     """Per seed, how much more the arm has than its reference; of seeds that have both."""
     by_seed = here[here["costs"] == costs].pivot_table(
         index="seed", columns="arm", values="value", aggfunc="first"

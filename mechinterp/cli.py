@@ -94,6 +94,38 @@ def claims(
 
 
 @app.command()
+def power(
+    tables: Annotated[Path, typer.Argument(help="Tables of a pilot: OUT/tables of a study.")],
+    measure: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A measure of the table; repeatable. Default: learning and choosing."),
+    ] = None,
+    against: Annotated[str, typer.Option(help="The arm that all others differ from.")] = (
+        "symmetric"
+    ),
+    seeds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Seeds of the study that is planned. Default: the pilot's.", min=2),
+    ] = None,
+    margin: Annotated[float, typer.Option(help="In the measure's unit, as of claims.")] = 0.05,
+    effect: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="A change that should be found. Default: twice the margin."),
+    ] = None,
+    chance: Annotated[float, typer.Option(help="Of finding it.")] = 0.8,
+) -> None:
+    """With these seeds, what could be seen? From the spread of a pilot study, arm by arm."""
+    from mechinterp.power_table import in_words, plan_from_saved
+
+    effect = 2 * margin if effect is None else effect
+    options = {"against": against, "margin": margin, "effect": effect, "power": chance}
+    planned = plan_from_saved(
+        tables, measures=measure or ["learning", "choosing"], n_seeds=seeds, **options
+    )
+    print(in_words(planned, **options))
+
+
+@app.command()
 def compare(
     before: Checkpoint,
     after: Checkpoint,

@@ -11,7 +11,9 @@ import pytest
 # By its path: on sys.path, benchmarks/ would hide the package `probes` behind its probes.py.
 PATH = Path(__file__).parent.parent / "benchmarks" / "coverage.py"
 SPEC = importlib.util.spec_from_file_location("coverage_benchmark", PATH)
+assert SPEC is not None
 coverage = sys.modules["coverage_benchmark"] = importlib.util.module_from_spec(SPEC)
+assert SPEC.loader is not None
 SPEC.loader.exec_module(coverage)
 
 INTERVALS = ["t_interval", "hierarchical_bootstrap_interval", "bootstrap_t_interval"]

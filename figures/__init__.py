@@ -82,18 +82,29 @@ def draw_all(
     for name in names:
         entry = _entry(name)
         try:
-            for stem, options in entry.variants(tables_dir).items():
-                figure = entry.draw(tables_dir, **options)
-                written[stem] = save(figure, stem, out_dir, formats)
+            files = entry.variants(tables_dir)
         except AnalysisError as error:
             skipped[name] = str(error)
+            continue
+        for stem, options in files.items():
+            try:
+                figure = entry.draw(tables_dir, **options)
+            except AnalysisError as error:
+                skipped[stem] = str(error)
+            else:
+                written[stem] = save(figure, stem, out_dir, formats)
     return Drawn(written, skipped)
 
 
 def caption(stem: str) -> str:
     """The caption of the figure file `stem`, e.g. "ladder" or "recovery_triage"; "" for others."""
+    from figures.tables import FAMILIES, PART
+
     name = next((name for name in NAMES if stem == name or stem.startswith(f"{name}_")), None)
-    return _entry(name).caption if name else ""
+    if name is None:
+        return ""
+    is_part = any(f"_{family}" in stem.removeprefix(name) for family in FAMILIES)
+    return _entry(name).caption + (PART if is_part else "")
 
 
 def run_script(name: str) -> None:
@@ -116,10 +127,12 @@ def run_script(name: str) -> None:
         )
     except MechinterpError as error:
         sys.exit(_complain(error))
-    for reason in drawn.skipped.values():
-        sys.exit(_complain(reason))
     for paths in drawn.written.values():
         print(*paths, sep="\n")
+    for reason in drawn.skipped.values():
+        _complain(reason)
+    if not drawn.written:
+        sys.exit(2)
 
 
 def _complain(reason: object) -> int:

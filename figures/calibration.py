@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,12 +14,14 @@ from figures.tables import (
     costs_in,
     final_steps,
     over_seeds,
+    parts,
     read_tables,
     settings_in,
     where,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -43,17 +45,28 @@ NEEDS = {
 OPTIONAL = {"calibration_summary": ("task", "regime", "arm", "seed", "step", "costs", "ece")}
 
 
+def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
+    """One file, or parts of it."""
+    return parts("calibration", read_tables(source, NEEDS)["calibration"])
+
+
 @style.styled
-def draw(source: str | Path | Tables) -> Figure:
+def draw(
+    source: str | Path | Tables,
+    *,
+    task: str | None = None,
+    arms: Sequence[str] | None = None,
+) -> Figure:
     """Rows: task and regime. Columns: costs."""
-    tables = read_tables(source, NEEDS, OPTIONAL)
+    tables = read_tables(source, NEEDS, OPTIONAL, task=task, arms=arms)
     bins = at_own_costs(final_steps(tables["calibration"]))
     settings, costs = settings_in(bins), costs_in(bins)
+    most = bins.groupby(["task", "regime", "costs"])["arm"].nunique().max()
     figure, axes = style.grid(
         len(settings),
         len(costs),
-        width=min(style.FULL_WIDTH, 0.6 + 2.4 * len(costs)),
-        row_height=1.6,
+        width=min(style.FULL_WIDTH, max(0.6 + 2.4 * len(costs), 4.6 if most > 4 else 0)),
+        row_height=max(1.6, 0.15 * most + 0.35),  # the errors beside a panel need a line each
     )
     looks = style.arm_styles(arms_in(bins))
     errors = tables.get("calibration_summary")

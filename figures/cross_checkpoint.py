@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from figures import style
 from figures.axes import layer_axis
@@ -11,6 +11,7 @@ from figures.tables import (
     arms_in,
     final_steps,
     over_seeds,
+    parts,
     read_tables,
     settings_in,
     where,
@@ -18,6 +19,7 @@ from figures.tables import (
 from mechinterp.errors import AnalysisError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -42,10 +44,21 @@ DIRECTIONS = {"after_into_before": "after into before", "before_into_after": "be
 GRAINS = ("resid_pre", "resid_post", "resid_mid", "attn_out", "mlp_out", "head")
 
 
+def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
+    """One file, or parts of it."""
+    return parts("cross_checkpoint", read_tables(source, NEEDS)["cross_checkpoint"])
+
+
 @style.styled
-def draw(source: str | Path | Tables, *, grain: str | None = None) -> Figure:
+def draw(
+    source: str | Path | Tables,
+    *,
+    task: str | None = None,
+    arms: Sequence[str] | None = None,
+    grain: str | None = None,
+) -> Figure:
     """Rows: task and regime. Columns: directions. `grain` defaults to the residual stream."""
-    table = final_steps(read_tables(source, NEEDS)["cross_checkpoint"])
+    table = final_steps(read_tables(source, NEEDS, task=task, arms=arms)["cross_checkpoint"])
     present = set(table["grain"])
     table = where(table, grain=grain or next((g for g in GRAINS if g in present), min(present)))
     if table["effect"].isna().all():
@@ -95,11 +108,12 @@ def _unit(rows: pd.DataFrame) -> str:
 def _panel(ax: Axes, summary: pd.DataFrame, looks: dict[str, style.ArmStyle]) -> None:
     for level in (0, 1):
         ax.axhline(level, color=style.GREY, lw=0.5, zorder=0)
+    shifts = style.beside(list(looks))
     for arm, look in looks.items():
-        rows = where(summary, arm=arm)
+        rows, shift = where(summary, arm=arm), shifts[arm]
         random = {"markerfacecolor": "white", "linestyle": ":", "linewidth": 0.7, "markersize": 3}
-        style.curve(ax, where(rows, control=True), "layer", look, **random)
-        style.curve(ax, where(rows, control=False), "layer", look)
+        style.curve(ax, where(rows, control=True), "layer", look, shift=shift, **random)
+        style.curve(ax, where(rows, control=False), "layer", look, shift=shift)
     if summary.empty:
         words = "no gap between\nthe checkpoints"
         ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center")

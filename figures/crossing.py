@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from figures import style
 from figures.axes import layer_axis
 from figures.tables import (
     Tables,
+    arm_groups,
     arms_in,
     at_own_costs,
     costs_in,
@@ -20,6 +21,7 @@ from figures.tables import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -46,6 +48,8 @@ NEEDS = {
         *("scale", "shares_valid", "null", "verdict_cut"),
     )
 }
+MAX_ARMS = 3  # two rows of panels each
+PAGE = 8.5  # inches of panels
 READOUTS = {"raw": "own logits", "bias": "bias refit", "head": "head refit"}
 # quantity -> (marker, line style, label); the colour is the arm's, that of the interaction grey.
 HYBRIDS = {
@@ -61,16 +65,17 @@ SHARES = {
 INTERACTION_COLOR = "#4D4D4D"
 
 
-def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
-    """One file per task, in the first regime at hand, and one more where hybrids were stitched."""
+def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
+    """Per task, in the first regime at hand, a file for every few arms, and as many more where
+    hybrids were stitched."""
     crossing = read_tables(source, NEEDS)["crossing"]
-    files: dict[str, dict[str, str]] = {}
+    files: dict[str, dict[str, Any]] = {}
     for task, regime in settings_in(crossing[~crossing["null"]]):
-        present = set(where(crossing, task=task, regime=regime)["stitch"])
         for stitch, ending in (("identity", ""), ("ridge", "_stitched")):
-            if stitch in present:
-                options = {"task": task, "regime": regime, "stitch": stitch}
-                files.setdefault(f"crossing_{task}{ending}", options)
+            rows = where(crossing, task=task, regime=regime, stitch=stitch)
+            for group, arms in arm_groups(rows, MAX_ARMS).items() if len(rows) else ():
+                options = {"task": task, "regime": regime, "stitch": stitch, "arms": arms}
+                files.setdefault(f"crossing_{task}{group}{ending}", options)
     return files
 
 
@@ -81,26 +86,29 @@ def draw(
     task: str | None = None,
     regime: str | None = None,
     stitch: str = "identity",
+    arms: Sequence[str] | None = None,
 ) -> Figure:
     """Rows: hybrids and shares of each arm. Columns: readouts. Defaults: the first variant's."""
-    crossing = read_tables(source, NEEDS)["crossing"]
+    crossing = read_tables(source, NEEDS, arms=arms)["crossing"]
     first = next(iter(variants({"crossing": crossing}).values()))
-    task, regime = task or first["task"], regime or first["regime"]
+    task, regime = str(task or first["task"]), str(regime or first["regime"])
     rows = final_steps(
         where(crossing, task=task, regime=regime, stitch=stitch, currency="log_score")
     )
     rows = _in_percent(at_own_costs(rows))
     changed = rows[~rows["null"]]
-    arms = [
+    pairs = [
         (arm, costs) for costs in costs_in(changed) for arm in arms_in(where(changed, costs=costs))
     ]
     # The control stands at every costs; where arms were made for them, those are shown.
-    arms = [(arm, costs) for arm, costs in arms if costs_of(arm)] or arms
+    pairs = [(arm, costs) for arm, costs in pairs if costs_of(arm)] or pairs
     readouts = [readout for readout in READOUTS if readout in set(changed["readout"])]
-    figure, axes = style.grid(2 * len(arms), len(readouts), row_height=1.25, sharex=True)
-    looks = style.arm_styles([arm for arm, _ in arms])
+    n_rows = 2 * len(pairs)
+    row_height = min(1.25, max(PAGE / n_rows, 1.0))
+    figure, axes = style.grid(n_rows, len(readouts), row_height=row_height, sharex=True)
+    looks = style.arm_styles([arm for arm, _ in pairs])
     summaries = []
-    for index, (arm, costs) in enumerate(arms):
+    for index, (arm, costs) in enumerate(pairs):
         for column, readout in enumerate(readouts):
             cell = where(rows, costs=costs, readout=readout)
             own, null = where(cell, arm=arm, null=False), where(cell, null=True)
@@ -112,7 +120,7 @@ def draw(
                 for cut in own.loc[own["verdict_cut"], "cut"].unique():
                     ax.axvline(cut, color="black", lw=0.6, ls=(0, (1, 2)), zorder=0)
         name = style.wrap(style.arm_label(arm), 20)
-        if len({costs for _, costs in arms}) > 1 and not costs_of(arm):
+        if len({costs for _, costs in pairs}) > 1 and not costs_of(arm):
             name += f", {style.costs_label(costs)}"
         axes[2 * index, 0].set_ylabel(f"{name}\nlog score less A's (%)")
         axes[2 * index + 1, 0].set_ylabel(f"{name}\nchange (%)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from figures.tables import (
     at_own_costs,
     costs_in,
     over_seeds,
+    parts,
     read_tables,
     settings_in,
     where,
@@ -23,6 +24,7 @@ from figures.tables import (
 from mechinterp.errors import AnalysisError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -37,10 +39,12 @@ CAPTION = (
     "checkpoint before. The second data "
     "order, a null, is compared with the control at symmetric costs, for which both were trained. "
     "Paths run over training steps, from small to large markers; the last marker bears the "
-    "intervals, thin lines are single seeds. Grey bands: the margin of ±5%, within which no "
-    "damage is claimed. An axis that goes past ±50% is linear within ±10%, logarithmic beyond."
+    "intervals, thin lines, where arms are few, are single seeds. Grey bands: the margin of ±5%, "
+    "within which no damage is claimed. An axis that goes past ±50% is linear within ±10%, "
+    "logarithmic beyond."
 )
 MARGIN = 5.0  # % of (oracle - constant): the smallest change that a verdict claims
+MAX_WITH_SEEDS = 5  # arms beside which single seeds can be told apart
 PLANE = ["choosing", "learning"]
 NEEDS = {"losses": ("task", "regime", "arm", "seed", "step", "costs", "currency", "loss", "value")}
 OPTIONAL = {
@@ -49,10 +53,20 @@ OPTIONAL = {
 }
 
 
+def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
+    """One file, or parts of it."""
+    return parts("dissociation", read_tables(source, NEEDS)["losses"])
+
+
 @style.styled
-def draw(source: str | Path | Tables) -> Figure:
+def draw(
+    source: str | Path | Tables,
+    *,
+    task: str | None = None,
+    arms: Sequence[str] | None = None,
+) -> Figure:
     """One panel per task (rows) and regime x costs (columns)."""
-    tables = read_tables(source, NEEDS, OPTIONAL)
+    tables = read_tables(source, NEEDS, OPTIONAL, task=task, arms=arms)
     losses = with_full_ends(tables)
     losses = losses[(losses["currency"] == "log_score") & losses["loss"].isin(PLANE)]
     # At step 0 the arms of a regime are one network; ex-post arms are not adjusted there yet.
@@ -86,7 +100,7 @@ def draw(source: str | Path | Tables) -> Figure:
         for arm in arms_in(panel):
             path = where(panel, arm=arm)
             end = _end(path, tables.get("contrasts"))
-            _draw_path(ax, path, end, looks[arm])
+            _draw_path(ax, path, end, looks[arm], each_seed=len(looks) <= MAX_WITH_SEEDS)
             ends.append(end)
     for which, loss in zip("xy", PLANE, strict=True):
         held = [seen[loss], *(end[loss][side] for end in ends for side in ("low", "high"))]
@@ -95,14 +109,14 @@ def draw(source: str | Path | Tables) -> Figure:
             percent_axis(ax, which, np.concatenate(held), signed=True, **room)
     for ax, (regime, costs) in zip(axes[0], columns, strict=True):
         ax.set_title(f"{style.regime_label(regime)}\n{style.costs_label(costs)}")
-    for ax, task in zip(axes[:, 0], tasks, strict=True):
-        ax.set_ylabel(style.wrap(task))
+    for ax, name in zip(axes[:, 0], tasks, strict=True):
+        ax.set_ylabel(style.wrap(name))
     pair = set(seen["regime"]) == {"pair"}
     controlled = not pair or "control" in set(losses["arm"])
     versus = "against the control" if controlled else "from the checkpoint before"
     label = f"Change in {{}} loss {versus}\n(% of oracle − constant)"
     figure.supxlabel(label.format("choosing"), fontsize=7)
-    short = label if len(panels) > 1 else label.replace(" loss ", " loss\n")
+    short = label if len(tasks) > 1 else label.replace(" loss ", " loss\n")
     figure.supylabel(short.format("learning"), fontsize=7)
     style.letter_panels(axes)
     names = {
@@ -171,7 +185,12 @@ def _end(path: pd.DataFrame, contrasts: pd.DataFrame | None) -> dict[str, pd.Dat
 
 
 def _draw_path(
-    ax: Axes, path: pd.DataFrame, end: dict[str, pd.DataFrame], look: style.ArmStyle
+    ax: Axes,
+    path: pd.DataFrame,
+    end: dict[str, pd.DataFrame],
+    look: style.ArmStyle,
+    *,
+    each_seed: bool,
 ) -> None:
     means = path.groupby("step")[PLANE].mean().sort_index()
     x, y = means["choosing"].to_numpy(), means["learning"].to_numpy()
@@ -189,7 +208,7 @@ def _draw_path(
             },
         )
     else:
-        for _, seed in path.sort_values("step").groupby("seed"):
+        for _, seed in path.sort_values("step").groupby("seed") if each_seed else ():
             ax.plot(seed["choosing"], seed["learning"], color=look.color, lw=0.4, alpha=0.35)
         ax.plot(x, y, color=look.color, ls=look.linestyle)
         sizes = np.linspace(2, 10, len(means))[:-1]

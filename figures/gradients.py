@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from figures.tables import (
     costs_of,
     final_steps,
     over_seeds,
+    parts,
     read_tables,
     settings_in,
     strength,
@@ -21,6 +22,7 @@ from figures.tables import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 CAPTION = (
     "Gradients of objectives, on fresh items. Left: norm of the mean gradient in all weights, "
     "over the noise of a batch of 64. Solid: along the run that trains on the objective; thin: the "
-    "same objective at the checkpoints of the symmetric run, where all share their weights; there "
-    "the signal of a weighted loss includes that the threshold is yet to move. "
+    "same objective at the checkpoints of the symmetric run, where all share their weights; its "
+    "logits are shifted ex post to the costs that the objective serves, or most of the signal "
+    "would be that the threshold is yet to move. "
     "Middle: in the last layer's residual stream at the decision, the share of the gradient that "
     "lies in the space of the differences of means of all latents that the decision needs, along "
     "the objective's own run; dotted: a random direction. Right: where in the posterior the "
@@ -67,10 +70,21 @@ class _Rows(NamedTuple):
     shared: pd.DataFrame
 
 
+def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
+    """One file, or parts of it."""
+    gradients = _shown(read_tables(source, NEEDS)["gradients"])
+    return parts("gradients", gradients.assign(arm=gradients["objective"]))
+
+
 @style.styled
-def draw(source: str | Path | Tables) -> Figure:
+def draw(
+    source: str | Path | Tables,
+    *,
+    task: str | None = None,
+    arms: Sequence[str] | None = None,
+) -> Figure:
     """Rows: task and regime. Columns: over training twice, then by posterior at its end."""
-    tables = read_tables(source, NEEDS, OPTIONAL)
+    tables = read_tables(source, NEEDS, OPTIONAL, task=task, arms=arms)
     gradients = _rows(where(tables["gradients"], part="all", measure="snr"))
     latents = _rows(where(tables["gradients_latents"], latent="all needed"))
     known = tables.get("gradients_posterior")
@@ -117,18 +131,18 @@ def _rows(table: pd.DataFrame) -> _Rows:
 
     pair = table[table["regime"] == "pair"]
     judged = "task" if "task" in set(pair["objective"]) else CONTROL
-    study = table[table["regime"] != "pair"]
-    strongest = max(map(strength, map(costs_of, study["objective"].unique())), default=0.0)
-    shown = [
-        objective
-        for objective in study["objective"].unique()
-        if objective == CONTROL or strength(costs_of(objective)) == strongest
-    ]
-    study = study[study["objective"].isin(shown)]
+    study = _shown(table[table["regime"] != "pair"])
     shared = study[study["arm"] == CONTROL]
     shared = shared.assign(arm=shared["objective"])
     own = pd.concat([study[study["arm"] == study["objective"]], where(pair, objective=judged)])
     return _Rows(own, shared[shared["arm"] != CONTROL])
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the objectives that serve weights other than the strongest."""
+    strengths = {arm: strength(costs_of(arm)) for arm in table["objective"].unique()}
+    strongest = max(strengths.values(), default=0.0)
+    return table[[strengths[arm] in (0, strongest) for arm in table["objective"]]]
 
 
 def _over_steps(ax: Axes, rows: _Rows) -> list[pd.DataFrame]:

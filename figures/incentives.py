@@ -16,13 +16,15 @@ from figures.tables import (
     costs_of,
     final_steps,
     over_seeds,
+    parts,
     read_tables,
     settings_in,
     where,
 )
+from mechinterp.claims import kind_and_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -44,12 +46,21 @@ DODGE = 0.12  # log-odds between arms
 LINESTYLES = ("-", "--", "-.", ":")
 
 
+def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
+    """One file, or parts of it."""
+    return parts("incentives", _named(read_tables(source, NEEDS)["incentives"]), max_settings=8)
+
+
 @style.styled
-def draw(source: str | Path | Tables) -> Figure:
+def draw(
+    source: str | Path | Tables,
+    *,
+    task: str | None = None,
+    arms: Sequence[str] | None = None,
+) -> Figure:
     """A strip and a panel per task and regime: the symmetric arm, weighted ones, those of pairs."""
-    table = final_steps(read_tables(source, NEEDS)["incentives"])
-    named = table["arm"].str.startswith("weighted") | (table["arm"] == "symmetric")
-    table = table[named | (table["regime"] == "pair")]
+    table = final_steps(read_tables(source, NEEDS, task=task, arms=arms)["incentives"])
+    table = _named(table)
     settings = settings_in(table)
     n_columns = min(len(settings), MAX_COLUMNS)
     n_blocks = -(-len(settings) // n_columns)
@@ -88,6 +99,12 @@ def draw(source: str | Path | Tables) -> Figure:
     ]
     style.legend(figure, handles, style.seeds_note(*summaries))
     return figure
+
+
+def _named(table: pd.DataFrame) -> pd.DataFrame:
+    kinds = {arm: kind_and_weights(arm)[0] for arm in table["arm"].unique()}
+    named = table["arm"].map(kinds).isin(["symmetric", "weighted"])
+    return table[named | (table["regime"] == "pair")]
 
 
 def _costs_lines(

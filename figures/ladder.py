@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,12 +14,14 @@ from figures.tables import (
     costs_in,
     final_steps,
     over_seeds,
+    parts,
     read_tables,
     settings_in,
     where,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -52,10 +54,20 @@ PIECES = {
 }
 
 
+def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
+    """One file, or parts of it."""
+    return parts("ladder", read_tables(source, NEEDS)["losses"])
+
+
 @style.styled
-def draw(source: str | Path | Tables) -> Figure:
+def draw(
+    source: str | Path | Tables,
+    *,
+    task: str | None = None,
+    arms: Sequence[str] | None = None,
+) -> Figure:
     """Rows: task and regime. Columns: currencies. One bar per arm at each costs."""
-    tables = read_tables(source, NEEDS, OPTIONAL)
+    tables = read_tables(source, NEEDS, OPTIONAL, task=task, arms=arms)
     losses = at_own_costs(final_steps(tables.get("losses_in_full", tables["losses"])))
     settings = settings_in(losses)
     lines = [_lines(where(losses, task=task, regime=regime)) for task, regime in settings]

@@ -8,16 +8,19 @@ from figures import style
 from figures.axes import layer_axis, step_axis
 from figures.tables import (
     Tables,
+    arm_groups,
     arms_in,
     files_by_task,
     final_steps,
     over_seeds,
+    parts,
     read_tables,
     settings_in,
     where,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -60,20 +63,32 @@ TITLES = {
 }
 
 
-def variants(source: str | Path | Tables) -> dict[str, dict[str, str]]:
-    """All settings together, and a file per task, in its first regime, with a column per latent."""
-    return {"probes": {}, **files_by_task("probes", read_tables(source, NEEDS)["probes"])}
+def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
+    """All settings together or in parts, and per task its first regime with a column per latent."""
+    probes = read_tables(source, NEEDS)["probes"]
+    means = parts("probes", probes)
+    if list(means) != ["probes"]:
+        means = parts("probes_means", probes)
+    files: dict[str, dict[str, Any]] = {}
+    for stem, setting in files_by_task("probes", probes).items():
+        for ending, arms in arm_groups(where(probes, **setting)).items():
+            files[f"{stem}{ending}"] = {**setting, "arms": arms}
+    return {**means, **files}
 
 
 @style.styled
 def draw(
-    source: str | Path | Tables, *, task: str | None = None, regime: str | None = None
+    source: str | Path | Tables,
+    *,
+    task: str | None = None,
+    regime: str | None = None,
+    arms: Sequence[str] | None = None,
 ) -> Figure:
-    """Of all settings, means over latents; of one `task` and `regime`, a column per latent."""
-    probes = read_tables(source, NEEDS)["probes"]
-    if task is None:
+    """Of all regimes, means over latents; of one `task` and `regime`, a column per latent."""
+    probes = read_tables(source, NEEDS, task=task, arms=arms)["probes"]
+    if regime is None:
         return _draw_settings(probes)
-    return _draw_latents(where(probes, task=task, regime=regime))
+    return _draw_latents(where(probes, regime=regime))
 
 
 def _draw_latents(probes: pd.DataFrame) -> Figure:
@@ -189,8 +204,10 @@ def _panel(
             band = (means["layer"], means["low"], means["high"])
             ax.fill_between(*band, color=color, alpha=0.12, lw=0, zorder=0)
     summary = over_seeds(where(rows, kind="latent"), ["arm", x])
+    looks, shifts = style.arm_styles(arms), style.beside(arms)
     for arm in arms:
-        style.curve(ax, where(summary, arm=arm), x, style.arm_styles(arms)[arm], markersize=3)
+        options = {"shift": shifts[arm], "markersize": 3}
+        style.curve(ax, where(summary, arm=arm), x, looks[arm], **options)
     return summary
 
 

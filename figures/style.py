@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from figures.tables import strength
+from mechinterp.claims import kind_and_weights
 from mechinterp.files import atomic_file
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SINGLE_COLUMN, FULL_WIDTH = 3.35, 7.0  # inches
 FORMATS = ("pdf", "svg", "png")
+LEGEND_HEIGHT = 0.6  # inches that the margin of a grid has room for
+MAX_OVERLAID = 4  # arms that can share a place and still be seen
 METADATA = {
     "pdf": {"CreationDate": None, "Creator": "mechinterp"},
     "svg": {"Date": None, "Creator": "mechinterp"},
@@ -70,7 +73,8 @@ class ArmStyle(NamedTuple):
     label: str
 
 
-# Okabe & Ito's palette; arms of one kind share a hue, so the weights read as a dose.
+# Okabe & Ito's palette; arms of one kind share a hue, so the weights read as a dose. The kinds of a
+# family (`figures.tables.FAMILIES`), which stand side by side, are told apart by all three.
 _ARMS = {
     "before": ("#000000", "o", "-", "before"),
     "symmetric": ("#000000", "o", "-", "symmetric"),
@@ -82,6 +86,23 @@ _ARMS = {
     "weighted_1.98": ("#D55E00", "v", "-", ""),
     "after": ("#CC79A7", ">", "-", "after"),
 }
+_KINDS = {
+    "ex_post": ("#0072B2", "D", "--", "ex post"),
+    "weighted": ("#D55E00", "v", "-", "weighted"),
+    "weighted_tuned": ("#CC79A7", "P", (0, (5, 1)), "weighted, tuned rate"),
+    "resampled": ("#117733", "s", "-.", "resampled"),
+    "subsampled": ("#999933", "*", ":", "subsampled"),
+    "logit_adjusted": ("#882255", "<", (0, (4, 1, 1, 1)), "logit adjusted"),
+    "smoothed_regret": ("#44AA99", "8", (0, (2, 1)), "smoothed regret"),
+    "focal": ("#AA4499", "p", "-", "focal"),
+    "hard_batch": ("#A65628", "h", "-.", "hard batch"),
+    "hard_data": ("#B8A000", "^", (0, (5, 1)), "hard data"),
+    "crt": ("#CC6677", "s", "-", "cRT"),
+    "lws": ("#4B8B3B", "^", "-.", "LWS"),
+    "tau_norm": ("#B07D00", "p", "--", "τ-norm"),
+    "dfr": ("#6A3D9A", "<", ":", "DFR"),
+}
+FULL_DOSE = 1.98  # the weight at which a kind has its full colour
 _OTHER_ARMS = (
     ("#CC79A7", "h", "-."),
     ("#009E73", "p", "-."),
@@ -94,21 +115,40 @@ PALE = "#EBEBEB"
 
 
 def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
-    """The look and the label of each arm: fixed for known arms, in turn for others."""
-    others = sorted(arm for arm in arms if arm not in _ARMS)
+    """The look and the label of each arm: fixed for known arms and kinds, in turn for others."""
+    others = sorted(arm for arm in arms if _look_of(arm) is None)
     styles = {}
     for arm in arms:
-        if arm in _ARMS:
-            color, marker, linestyle, _ = _ARMS[arm]
+        if known := _look_of(arm):
+            color, marker, linestyle = known
         else:
             color, marker, linestyle = _OTHER_ARMS[others.index(arm) % len(_OTHER_ARMS)]
         styles[arm] = ArmStyle(color, marker, linestyle, arm_label(arm))
     return styles
 
 
+def _look_of(arm: str) -> tuple[str, str, Any] | None:
+    """Colour, marker and line of a known arm, or of its kind: paler at weights below 1.98."""
+    if arm in _ARMS:
+        return _ARMS[arm][:3]
+    kind, weights = kind_and_weights(arm)
+    dose = float(weights or FULL_DOSE)
+    if kind not in _KINDS or dose >= 2:  # weights by other names
+        return None
+    from matplotlib.colors import to_hex, to_rgb
+
+    color, marker, linestyle, _ = _KINDS[kind]
+    white = np.clip(2 * (FULL_DOSE - dose), 0, 0.6)
+    return to_hex((1 - white) * np.array(to_rgb(color)) + white).upper(), marker, linestyle
+
+
 def arm_label(arm: str) -> str:
     """ "weighted 1.8" for "weighted_1.8"."""
-    return (arm in _ARMS and _ARMS[arm][3]) or arm.replace("_", " ")
+    if arm in _ARMS and _ARMS[arm][3]:
+        return _ARMS[arm][3]
+    kind, weights = kind_and_weights(arm)
+    name = _KINDS[kind][3] if kind in _KINDS else kind.replace("_", " ")
+    return f"{name} {weights}" if weights else name
 
 
 def costs_label(costs: str) -> str:
@@ -230,7 +270,10 @@ def patch_handle(label: str, **options: Any) -> Any:
 
 
 def legend(figure: Figure, handles: Sequence[Any], note: str = "") -> None:
-    """One legend above all panels, read row by row, in as few rows as fit, headed by `note`."""
+    """One legend above all panels, read row by row, in as few rows as fit, headed by `note`.
+
+    One that is higher than usual makes the figure higher, so that the panels keep their size.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -251,7 +294,10 @@ def legend(figure: Figure, handles: Sequence[Any], note: str = "") -> None:
             handletextpad=0.5,
             borderaxespad=0.2,
         )
-        if n_columns == 1 or box.get_window_extent(renderer).width < (wide - 0.05) * figure.dpi:
+        extent = box.get_window_extent(renderer)
+        if n_columns == 1 or extent.width < (wide - 0.05) * figure.dpi:
+            extra = extent.height / figure.dpi - LEGEND_HEIGHT
+            figure.set_figheight(figure.get_figheight() + max(extra, 0.0))
             return
         box.remove()
 
@@ -287,12 +333,22 @@ def marker_stride(n: int) -> int:
     return max(1, n // 8)
 
 
-def curve(ax: Axes, summary: pd.DataFrame, x: str, style: ArmStyle, **options: Any) -> None:
-    """An arm's means along column `x`, with markers and thin interval bars."""
+def beside(arms: Sequence[str]) -> dict[str, float]:
+    """Points by which each arm is moved sideways, so that none of many hides the others."""
+    if len(arms) <= MAX_OVERLAID:
+        return dict.fromkeys(arms, 0.0)
+    return {arm: 1.5 * (index - (len(arms) - 1) / 2) for index, arm in enumerate(arms)}
+
+
+def curve(
+    ax: Axes, summary: pd.DataFrame, x: str, style: ArmStyle, *, shift: float = 0, **options: Any
+) -> None:
+    """An arm's means along column `x`, with markers and thin interval bars, `shift` points to the
+    right."""
     if summary.empty:
         return
     summary = summary.sort_values(x)
-    ax.errorbar(
+    drawn = ax.errorbar(
         summary[x].to_numpy(float),
         summary["mean"].to_numpy(float),
         yerr=errors(summary),
@@ -306,6 +362,14 @@ def curve(ax: Axes, summary: pd.DataFrame, x: str, style: ArmStyle, **options: A
             **options,
         },
     )
+    if shift:
+        from matplotlib.transforms import ScaledTranslation
+
+        # Only now, so that the axes are made to hold the data and not their places on paper.
+        moved = ax.transData + ScaledTranslation(shift / 72, 0, ax.figure.dpi_scale_trans)
+        for artist in drawn.get_children():
+            artist.set_transform(moved)
+        ax.margins(x=0.1)
 
 
 def save(

@@ -9,22 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mechinterp.claims import kind_and_weights
 from mechinterp.errors import AnalysisError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 KEYS = ("task", "regime", "arm", "seed", "step")
-ARM_ORDER = (
-    "before",
-    "symmetric",
-    "symmetric_reordered",
-    "control",
-    "ex_post_1.8",
-    "ex_post_1.98",
-    "weighted_1.8",
-    "weighted_1.98",
-    "after",
+CONTROLS = ("before", "symmetric", "symmetric_reordered", "control", "ex_post")  # kinds of arms
+FAMILIES = {
+    "weighting": (
+        *("weighted", "weighted_tuned", "resampled", "subsampled"),
+        *("logit_adjusted", "smoothed_regret"),
+    ),
+    "hard_examples": ("focal", "hard_batch", "hard_data"),
+    "refits": ("crt", "lws", "tau_norm", "dfr"),
+}
+KIND_ORDER = (*CONTROLS, *(kind for kinds in FAMILIES.values() for kind in kinds), "after")
+MAX_ARMS, MAX_SETTINGS = 6, 4  # that one file can show, beside the controls
+PART = (
+    " With more arms or settings than one file can show, there is a file per task, and per family "
+    "of arms: weighting, hard_examples and refits. It has the arms of its family at the strongest "
+    "weights beside the controls; those at milder weights are left out. More than four arms at one "
+    "place are drawn side by side."
 )
 REGIME_ORDER = ("branched", "from_init", "pair")
 
@@ -33,11 +40,17 @@ Columns = Mapping[str, Sequence[str]]
 
 
 def read_tables(
-    source: str | Path | Tables, needed: Columns, optional: Columns | None = None
+    source: str | Path | Tables,
+    needed: Columns,
+    optional: Columns | None = None,
+    *,
+    task: str | None = None,
+    arms: Sequence[str] | None = None,
 ) -> dict[str, pd.DataFrame]:
-    """The tables that a figure needs, from a folder of parquet files or from tables in memory.
+    """The tables that a figure needs, from a folder of saved tables or from tables in memory.
 
-    Raises AnalysisError when a needed table, or a column of any of them, is absent.
+    Of one `task` and of some `arms`, or of all. Raises AnalysisError when a needed table, or a
+    column of any of them, is absent.
     """
     tables = {}
     for name, columns in {**needed, **(optional or {})}.items():
@@ -49,6 +62,13 @@ def read_tables(
         missing = [column for column in columns if column not in table]
         if missing:
             raise AnalysisError(f"table {name!r} lacks the column(s) {', '.join(missing)}")
+        if task is not None:
+            table = where(table, task=task)
+        if arms is not None:
+            for column in {"arm", "objective"} & set(table.columns):
+                table = table[table[column].isin(arms)]
+        if table.empty and name not in needed:
+            continue
         if table.empty:
             raise AnalysisError(f"table {name!r} is empty: there is nothing to draw")
         tables[name] = without_starts(table)
@@ -66,11 +86,15 @@ def _read(source: str | Path | Tables, name: str) -> pd.DataFrame | None:
     if isinstance(source, Mapping):
         return source.get(name)
     path = Path(source) / f"{name}.parquet"
-    if not path.exists():
-        return None
-    from mechinterp.files import read_table
+    if path.exists():
+        from mechinterp.files import read_table
 
-    return read_table(path)
+        return read_table(path)
+    if path.with_suffix(".csv").exists():
+        import pandas as pd
+
+        return pd.read_csv(path.with_suffix(".csv"), keep_default_na=False, na_values=[""])
+    return None
 
 
 def over_seeds(
@@ -128,8 +152,13 @@ def where(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
 
 def arms_in(table: pd.DataFrame) -> list[str]:
     """The arms of a table, in the order in which every figure lists them."""
-    known = {arm: rank for rank, arm in enumerate(ARM_ORDER)}
-    return sorted(table["arm"].unique(), key=lambda arm: (known.get(arm, len(known)), arm))
+    known = {kind: rank for rank, kind in enumerate(KIND_ORDER)}
+
+    def rank(arm: str) -> tuple[int, float, str]:
+        kind = kind_and_weights(arm)[0]
+        return known.get(kind, len(known)), strength(costs_of(arm)) if kind in known else 0, arm
+
+    return sorted(table["arm"].unique(), key=rank)
 
 
 def settings_in(table: pd.DataFrame) -> list[tuple[str, str]]:
@@ -148,6 +177,55 @@ def files_by_task(figure: str, table: pd.DataFrame) -> dict[str, dict[str, str]]
     return files
 
 
+def parts(
+    figure: str,
+    table: pd.DataFrame,
+    *,
+    max_arms: int = MAX_ARMS,
+    max_settings: int = MAX_SETTINGS,
+) -> dict[str, dict[str, Any]]:
+    """The files of a figure of all arms and settings, with their `task` and `arms`.
+
+    One, or where `table` has more than one can show a file per task, and of tasks with many arms
+    one per family of them, or several where a family has more than `max_arms`.
+    """
+    groups = {
+        task: arm_groups(where(table, task=task), max_arms) for task in dict.fromkeys(table["task"])
+    }
+    whole = all(list(each) == [""] for each in groups.values())
+    if whole and len(settings_in(table)) <= max_settings:
+        return {figure: {}}
+    return {
+        f"{figure}_{task}{ending}": {"task": task, "arms": arms}
+        for task, each in groups.items()
+        for ending, arms in each.items()
+    }
+
+
+def arm_groups(table: pd.DataFrame, max_arms: int = MAX_ARMS) -> dict[str, tuple[str, ...] | None]:
+    """How a task's arms are spread over files: ending of the name -> arms; None: all of them."""
+    kinds = {arm: kind_and_weights(arm)[0] for arm in arms_in(table)}
+    own = [arm for arm, kind in kinds.items() if kind not in CONTROLS]
+    if len(own) <= max_arms:
+        return {"": None}
+    strongest = max(strength(costs_of(arm)) for arm in kinds)
+    shown = [arm for arm in kinds if strength(costs_of(arm)) in (0, strongest)]
+    families = {kind: family for family, members in FAMILIES.items() for kind in members}
+    groups: dict[str, tuple[str, ...] | None] = {}
+    for family in (*FAMILIES, "others"):
+        members = [arm for arm in own if families.get(kinds[arm], "others") == family]
+        members = [arm for arm in members if arm in shown]
+        # What serves no weights is seen at symmetric costs, for which ex-post arms were not made.
+        serving = any(costs_of(arm) for arm in members)
+        controls = [
+            arm for arm in shown if kinds[arm] in CONTROLS and (serving or not costs_of(arm))
+        ]
+        for first in range(0, len(members), max_arms):
+            page = f"_{first // max_arms + 1}" if first else ""
+            groups[f"_{family}{page}"] = (*controls, *members[first : first + max_arms])
+    return groups
+
+
 def strongest_arm(table: pd.DataFrame) -> str:
     """The arm with the strongest weight; of a pair, "after"."""
     return max(arms_in(table), key=lambda arm: (strength(costs_of(arm)), arm == "after"))
@@ -155,8 +233,8 @@ def strongest_arm(table: pd.DataFrame) -> str:
 
 def costs_of(arm: str) -> str | None:
     """The costs that an arm was made for: "w1.8" of "weighted_1.8" and "ex_post_1.8", else None."""
-    found = re.search(r"_(\d+(?:\.\d+)?)$", arm)
-    return f"w{found.group(1)}" if found else None
+    weights = kind_and_weights(arm)[1]
+    return f"w{weights}" if weights else None
 
 
 def strength(costs: str | None) -> float:
@@ -175,13 +253,16 @@ def at_own_costs(table: pd.DataFrame) -> pd.DataFrame:
 def costs_in(table: pd.DataFrame) -> list[str]:
     """The costs that get panels: those that arms were made for, the mildest weight first.
 
-    For a pair those of its verdict, and then what else was asked for.
+    Of arms that were made for none symmetric ones; for a pair those of its verdict, and then what
+    else was asked for.
     """
     present: list[str] = sorted(set(table["costs"]), key=lambda costs: (strength(costs), costs))
     made_for = {costs_of(arm) for arm in table["arm"].unique()}
     if trained := [costs for costs in present if costs in made_for]:
         return trained
     judged = [costs for costs in ("task", "symmetric") if costs in present][:1]
+    if judged == ["symmetric"] and not (table["regime"] == "pair").any():
+        return judged
     return judged + [costs for costs in present if costs not in ("task", "symmetric")]
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from figures import style
 from figures.axes import percent_axis, step_axis
 from figures.tables import (
+    FAMILIES,
     Tables,
     arms_in,
     at_own_costs,
     costs_in,
     over_seeds,
+    parts,
     read_tables,
     settings_in,
     where,
 )
+from mechinterp.claims import kind_and_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -38,10 +42,20 @@ LOSSES = ["learning", "choosing"]
 NEEDS = {"losses": ("task", "regime", "arm", "seed", "step", "costs", "currency", "loss", "value")}
 
 
+def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
+    """One file, or parts of it."""
+    return parts("trajectories", _courses(read_tables(source, NEEDS)["losses"]))
+
+
 @style.styled
-def draw(source: str | Path | Tables) -> Figure:
+def draw(
+    source: str | Path | Tables,
+    *,
+    task: str | None = None,
+    arms: Sequence[str] | None = None,
+) -> Figure:
     """Rows: task and regime. Columns: learning, then choosing loss, at each costs."""
-    losses = read_tables(source, NEEDS)["losses"]
+    losses = _courses(read_tables(source, NEEDS, task=task, arms=arms)["losses"])
     losses = losses[(losses["currency"] == "log_score") & losses["loss"].isin(LOSSES)]
     losses = at_own_costs(losses)
     # At step 0 all arms are the network before: not yet adjusted, in no order of the data.
@@ -73,6 +87,11 @@ def draw(source: str | Path | Tables) -> Figure:
     return figure
 
 
+def _courses(losses: pd.DataFrame) -> pd.DataFrame:
+    """Without refits, which are made of networks whose training has ended."""
+    return losses[[kind_and_weights(arm)[0] not in FAMILIES["refits"] for arm in losses["arm"]]]
+
+
 def _panel(ax: Axes, summary: pd.DataFrame, costs: str, looks: dict[str, style.ArmStyle]) -> None:
     """One loss at `costs`, on the scale of that loss at all costs."""
     above = np.inf if (summary["loss"] == "learning").all() else 100
@@ -86,10 +105,19 @@ def _panel(ax: Axes, summary: pd.DataFrame, costs: str, looks: dict[str, style.A
         ax.set_xlim(-0.5, len(arms) - 0.5)
     else:
         step_axis(ax, summary["step"].unique().tolist())
+    shifts = style.beside(arms)
     for arm in arms:
         # Hollow ex-post markers, so that the symmetric ones they fall on stay visible.
         hollow = {"markerfacecolor": "white"} if arm.startswith("ex_post") else {}
-        style.curve(ax, where(summary, arm=arm), "step", looks[arm], markersize=3, **hollow)
+        style.curve(
+            ax,
+            where(summary, arm=arm),
+            "step",
+            looks[arm],
+            shift=shifts[arm],
+            markersize=3,
+            **hollow,
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.text import Text
 from scipy import stats
@@ -571,6 +572,131 @@ def test_every_measure_of_a_claim_has_a_unit():
     assert set(OUTCOMES) == set(claims_text.OUTCOMES)
 
 
+# Many arms and settings: a file for each part
+
+
+MANY_ARMS = (
+    *("symmetric", "symmetric_reordered", "focal", "hard_batch", "hard_data"),
+    *(
+        f"{kind}_{weights}"
+        for kind in ("ex_post", *tables.FAMILIES["weighting"], *tables.FAMILIES["refits"])
+        for weights in ("1.8", "1.98")
+    ),
+)
+
+
+def settings_table(*rows: tuple[str, str, tuple[str, ...]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [(task, regime, arm) for task, regime, arms in rows for arm in arms],
+        columns=["task", "regime", "arm"],
+    )
+
+
+def test_few_arms_and_settings_share_a_file():
+    few = ("before", *MANY_ARMS[:5], "ex_post_1.8", "weighted_1.8", "weighted_1.98")
+    table = settings_table(*((t, r, few) for t in "ab" for r in ("branched", "from_init")))
+    assert tables.parts("x", table) == {"x": {}}
+    more = pd.concat([table, settings_table(("c", "branched", few))])
+    expected = {f"x_{task}": {"task": task, "arms": None} for task in "abc"}
+    assert tables.parts("x", more) == expected
+
+
+def test_many_arms_are_drawn_by_family_at_the_strongest_weights():
+    table = settings_table(("a", "branched", MANY_ARMS), ("b", "branched", MANY_ARMS[:3]))
+    files = tables.parts("x", table)
+    assert list(files) == ["x_a_weighting", "x_a_hard_examples", "x_a_refits", "x_b"]
+    controls = ("symmetric", "symmetric_reordered")
+    weighting = [f"{kind}_1.98" for kind in tables.FAMILIES["weighting"]]
+    assert files["x_a_weighting"]["arms"] == (*controls, "ex_post_1.98", *weighting)
+    assert files["x_a_hard_examples"]["arms"] == (*controls, "focal", "hard_batch", "hard_data")
+    assert files["x_b"] == {"task": "b", "arms": None}
+    shown = {arm for options in files.values() for arm in options["arms"] or ()}
+    assert {arm for arm in MANY_ARMS if not arm.endswith("_1.8")} == shown
+    smaller = tables.parts("x", table, max_arms=4)
+    assert smaller["x_a_weighting_2"]["arms"][-2:] == tuple(weighting[4:])
+
+
+def test_arms_without_weights_are_valued_at_symmetric_costs():
+    rows = itertools.product(["branched"], ["focal", "symmetric"], ["symmetric", "w1.8"])
+    table = pd.DataFrame(rows, columns=["regime", "arm", "costs"])
+    assert tables.costs_in(table) == ["symmetric"]
+    assert tables.costs_in(table.assign(regime="pair")) == ["symmetric", "w1.8"]
+    weighted = pd.DataFrame([("branched", "weighted_1.8", "w1.8")], columns=table.columns)
+    assert tables.costs_in(pd.concat([table, weighted])) == ["w1.8"]
+
+
+def test_a_part_has_the_rows_of_its_task_and_arms_alone(study):
+    needed = {"losses": ("task",), "gradients": ("objective",)}
+    arms = ("symmetric", "weighted_1.98")
+    cut = tables.read_tables(study, needed, task="digits", arms=arms)
+    for name, table in cut.items():
+        rows = study[name].query("task == 'digits' and arm in @arms")
+        rows = rows[rows["objective"].isin(arms)] if "objective" in rows else rows
+        assert 0 < len(rows) < len(study[name])
+        pd.testing.assert_frame_equal(table, rows)
+
+
+def test_a_caption_says_what_a_part_leaves_out():
+    assert figures.caption("ladder_triage_refits").endswith(tables.PART)
+    assert tables.PART not in figures.caption("ladder")
+
+
+def test_one_file_that_cannot_be_drawn_spoils_no_other(study, tmp_path):
+    patches = study["cross_checkpoint"]
+    tasks = [patches.assign(task=task) for task in "abcde"]
+    tasks[1] = tasks[1].assign(effect=np.nan)
+    write_tables({"cross_checkpoint": pd.concat(tasks)}, tmp_path)
+    drawn = draw_all(tmp_path, tmp_path, ["cross_checkpoint"], formats=["svg"])
+    assert list(drawn.written) == [f"cross_checkpoint_{task}" for task in "acde"]
+    assert "no gap" in drawn.skipped["cross_checkpoint_b"]
+
+
+def test_a_table_of_claims_may_be_comma_separated(study, tmp_path):
+    study["claims"].to_csv(tmp_path / "claims.csv", index=False)
+    drawn = (drawn_cells(draw("claims", source)) for source in (tmp_path, study))
+    one, other = (list(cells.values()) for cells in drawn)
+    assert np.allclose(one, other)
+
+
+def test_many_arms_stand_side_by_side():
+    """Moved on paper, and not in the data that set the axes."""
+    arms = [f"{kind}_1.98" for kind in tables.FAMILIES["weighting"]]
+    shifts = list(style.beside(arms).values())
+    assert sum(shifts) == pytest.approx(0)
+    assert (np.diff(shifts) > 1).all()
+    assert set(style.beside(arms[:4]).values()) == {0}
+    figure, axes = style.grid(1, 2)
+    summary = pd.DataFrame({"x": [1, 2], "mean": [0.0, 1.0], "low": [-1.0, 0.0], "high": 3.0})
+    (look,) = style.arm_styles(["focal"]).values()
+    for ax, shift in zip(axes[0], (0, 6), strict=True):
+        style.curve(ax, summary, "x", look, shift=shift)
+    plain, moved = axes[0]
+    assert moved.dataLim.bounds == plain.dataLim.bounds
+    figure.draw_without_rendering()
+    for ax, shift in ((plain, 0), (moved, 6)):
+        marker, bars = ax.containers[0].lines[0], ax.containers[0].lines[2][0]
+        for artist in (marker, bars):
+            x = artist.get_transform().transform([1, 0])[0] - ax.transData.transform([1, 0])[0]
+            assert x == pytest.approx(shift * figure.dpi / 72)
+
+
+PARTED = ("dissociation", "ladder", "trajectories", "gradients", "probes", "cross_checkpoint")
+
+
+@pytest.fixture(scope="module")
+def many_arms() -> dict[str, pd.DataFrame]:
+    return study_tables(tasks=("triage",), arms=MANY_ARMS, seeds=3, steps=(0, 50, 200, 800))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*PARTED, "crossing", "calibration", "incentives"])
+def test_many_arms_fit_for_print(many_arms, name):
+    for options in FIGURES[name].variants(many_arms).values():
+        figure = FIGURES[name].draw(many_arms, **options)
+        assert_fit_for_print(figure)
+        assert figure.get_figheight() < 10
+
+
 # Style
 
 
@@ -588,6 +714,21 @@ def test_unknown_arms_get_looks_of_their_own():
     looks = style.arm_styles(["symmetric", "logit_adjusted", "brier", "weighted_1.5"])
     assert len({look.color for look in looks.values()}) == 4
     assert looks["logit_adjusted"].label == "logit adjusted"
+
+
+def test_arms_of_a_family_look_different():
+    for kinds in tables.FAMILIES.values():
+        serving = [f"{kind}_1.98" for kind in (*kinds, "ex_post")]
+        looks = style.arm_styles(["symmetric", "symmetric_reordered", *serving]).values()
+        assert len({look.color for look in looks}) == len(looks)
+        assert len({look.marker for look in looks}) == len(looks)
+
+
+def test_milder_weights_are_paler():
+    strong, mild, mildest = style.arm_styles([f"dfr_{w}" for w in ("1.98", "1.8", "1.5")]).values()
+    light = [lightness(np.array(to_rgb(look.color))) for look in (strong, mild, mildest)]
+    assert (np.diff(light) > 5).all()
+    assert strong.label == "DFR 1.98"
 
 
 def lightness(rgb: np.ndarray) -> np.ndarray:

@@ -49,10 +49,10 @@ def plain_hierarchical_bounds(x, seeds, groups, n_resamples, rng):
     return centre - np.quantile(studentised, [0.975, 0.025]) * error
 
 
-@pytest.mark.parametrize("between", [0.0, 0.3])
-def test_hierarchical_bootstrap_is_a_plain_loop(between):
+@pytest.mark.parametrize(("between", "n_groups"), [(0.0, 9), (0.3, 9), (0.5, 2)])
+def test_hierarchical_bootstrap_is_a_plain_loop(between, n_groups):
     x, seeds = nested(6, 24, between=between)
-    groups = np.random.default_rng(1).integers(0, 9, len(x))
+    groups = np.random.default_rng(1).integers(0, n_groups, len(x))
     low, high = plain_hierarchical_bounds(x, seeds, groups, 4_000, np.random.default_rng(2))
     found = statistics.hierarchical_bootstrap_interval(
         x, seeds=seeds, groups=groups, n_resamples=20_000
@@ -136,8 +136,12 @@ def test_few_seeds_leave_no_interval_to_rounding():
     """A resample of one seed thrice has no spread; what rounding leaves of it must not divide."""
     for seed in range(20):
         x = np.random.default_rng(seed).normal(3, 1, 3)
-        found = statistics.bootstrap_t_interval(x)
-        assert found.high - found.low < 100 * np.ptp(x)
+        by_seed = {"seeds": np.repeat(range(3), 5)}
+        for found in (
+            statistics.bootstrap_t_interval(x),
+            statistics.hierarchical_bootstrap_interval(np.repeat(x, 5), **by_seed),
+        ):
+            assert found.high - found.low < 100 * np.ptp(x)
 
 
 seeds_by_side = st.lists(st.tuples(*[st.floats(-2, 2, width=16)] * 4), min_size=2, max_size=9).map(

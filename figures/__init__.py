@@ -23,6 +23,7 @@ NAMES = (
     "dissociation",
     "ladder",
     "trajectories",
+    "speed",
     "gradients",
     "probes",
     "probe_positions",

@@ -13,6 +13,7 @@ import pandas as pd
 
 from mechinterp.files import write_table
 from mechinterp.randomness import derive_rng
+from mechinterp.seed_measures import seed_measures
 
 STUDY_ARMS = (
     "symmetric",
@@ -97,6 +98,7 @@ def study_tables(
         "contrasts": _contrasts(full),
         "competence": pd.DataFrame([_competence(*key) for key in keys if key[2] == "before"]),
         "claims": pd.DataFrame(_claims(tasks, regimes, arms)),
+        "measures": seed_measures({"losses": losses, "losses_in_full": full}),
     }
 
 
@@ -115,7 +117,8 @@ def pair_tables(
         steps=(0, 800),
         **shape,
     )
-    del study["losses_in_full"], study["competence"], study["training"], study["claims"]
+    for name in ("losses_in_full", "competence", "training", "claims", "measures"):
+        del study[name]
     tables = {}
     for name, table in study.items():
         table = table[(table["arm"] != "before") & (table["step"] > 0)].assign(regime="pair")

@@ -35,6 +35,11 @@ def study() -> dict[str, pd.DataFrame]:
 
 
 @pytest.fixture(scope="module")
+def from_init() -> dict[str, pd.DataFrame]:
+    return study_tables(tasks=("digits",), regimes=("from_init",), seeds=3, steps=FEW_STEPS)
+
+
+@pytest.fixture(scope="module")
 def pair() -> dict[str, pd.DataFrame]:
     return pair_tables()
 
@@ -94,13 +99,16 @@ def assert_fit_for_print(figure) -> None:
             assert ax.get_xlabel()[0].isupper()
 
 
-@pytest.mark.parametrize("name", figures.NAMES)
+@pytest.mark.parametrize("name", [name for name in figures.NAMES if name != "speed"])
 def test_fit_for_print(name, study):
     one_task = {name: t[t["task"] == "digits"] for name, t in study.items()}
     assert_fit_for_print(draw(name, one_task))
 
 
-@pytest.mark.parametrize("name", [name for name in figures.NAMES if name != "claims"])
+OF_STUDIES = ("claims", "speed")
+
+
+@pytest.mark.parametrize("name", [name for name in figures.NAMES if name not in OF_STUDIES])
 def test_pair_fit_for_print(name, pair):
     assert_fit_for_print(draw(name, pair))
 
@@ -135,7 +143,9 @@ SHAPES = {
 def test_other_shapes_fit_for_print(shape):
     source = SHAPES[shape]()
     for name in figures.NAMES:
-        if name == "claims" and shape == "bare pair":
+        if name in OF_STUDIES and shape == "bare pair":
+            continue
+        if name == "speed" and "from_init" not in set(source["losses"]["regime"]):
             continue
         if shape == "from init" and name in ("cross_checkpoint", "crossing", "representation"):
             continue  # a random network has no front to keep
@@ -890,3 +900,17 @@ def test_step_zero_has_a_place_on_the_axis():
     assert ax.get_xlim()[0] < 0 < ax.get_xlim()[1]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "50", "400", "1.6k"]
     assert ax.get_xticks(minor=True).tolist() == [s for s in STEPS if s not in ax.get_xticks()]
+
+
+def test_speed_draws_means_of_paired_differences(from_init):
+    """Steps as ratios and learning in percent, each against the control of the same seed."""
+    measures = from_init["measures"].query("costs == 'w1.98'")
+    wide = measures.pivot_table(index=["arm", "seed"], columns="measure", values="value")
+    figure = draw("speed", from_init)
+    assert_fit_for_print(figure)
+    panel = figure.axes[0]
+    change = wide.loc["weighted_1.98"] - wide.loc["symmetric"]
+    points = [c.lines[0] for c in panel.containers if isinstance(c, ErrorbarContainer)]
+    drawn = [(p.get_xdata()[0], p.get_ydata()[0]) for p in points]
+    expected = (change["steps_to_learn"].mean(), 100 * change["learning"].mean())
+    assert any(point == pytest.approx(expected) for point in drawn)

@@ -142,7 +142,7 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
     """Without the objectives that serve weights other than the strongest."""
     strengths = {arm: strength(costs_of(arm)) for arm in table["objective"].unique()}
     strongest = max(strengths.values(), default=0.0)
-    return table[[strengths[arm] in (0, strongest) for arm in table["objective"]]]
+    return table[table["objective"].map(strengths).isin([0, strongest])]
 
 
 def _over_steps(ax: Axes, rows: _Rows) -> list[pd.DataFrame]:

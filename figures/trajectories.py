@@ -89,7 +89,8 @@ def draw(
 
 def _courses(losses: pd.DataFrame) -> pd.DataFrame:
     """Without refits, which are made of networks whose training has ended."""
-    return losses[[kind_and_weights(arm)[0] not in FAMILIES["refits"] for arm in losses["arm"]]]
+    kinds = {arm: kind_and_weights(arm)[0] for arm in losses["arm"].unique()}
+    return losses[~losses["arm"].map(kinds).isin(FAMILIES["refits"])]
 
 
 def _panel(ax: Axes, summary: pd.DataFrame, costs: str, looks: dict[str, style.ArmStyle]) -> None:

@@ -25,7 +25,9 @@ class Plan:
         """All steps once each, for cells of a study may share one; task by task, so that a study
         which was stopped has whole tasks."""
         tasks = list(self.spec.tasks)
-        steps = {step.key: step for step in (*self.runs.values(), *self.measures)}
+        steps: dict[str, Step] = {}
+        for step in (*self.runs.values(), *self.measures):
+            steps.setdefault(step.key, step)
         return tuple(sorted(steps.values(), key=lambda step: tasks.index(step.labels["task"])))
 
 

@@ -836,7 +836,7 @@ def test_files_are_named_after_figure_and_task(drawn):
         *("cross_checkpoint", "crossing_triage", "crossing_triage_stitched"),
         *("grafts", "circuits", "calibration", "incentives"),
     ]
-    assert drawn.skipped == {}
+    assert list(drawn.skipped) == ["speed"]  # nothing was trained from init
     assert all(figures.caption(stem) for stem in drawn.written)
 
 

@@ -46,4 +46,5 @@ FINDING := docs/findings/utility_weighted
 findings: $(READY)  ## hours: the finding's study, its claims, the tables and figures of its page
 	$(BIN)/mechinterp study $(UTILITY) --preset full --out results/utility_weighted
 	$(BIN)/mechinterp claims $(UTILITY) results/utility_weighted/tables --keep $(FINDING)/tables --page $(FINDING).md
-	$(BIN)/python -m figures.claims $(FINDING)/tables --out $(FINDING)/figures --formats png
+	for figure in claims dissociation speed gradients incentives; do \
+		$(BIN)/python -m figures.$$figure $(FINDING)/tables --out $(FINDING)/figures --formats png; done

@@ -8,7 +8,7 @@ import numpy as np
 
 from figures import style
 from figures.tables import Tables, read_tables, where
-from mechinterp.claims import kind_and_weights
+from mechinterp.arm_names import kind_and_weights
 
 if TYPE_CHECKING:
     from pathlib import Path

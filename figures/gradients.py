@@ -20,6 +20,7 @@ from figures.tables import (
     strength,
     where,
 )
+from mechinterp.arm_names import CONTROL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +59,6 @@ OPTIONAL = {
         *("objective", "log_odds", "measure", "value"),
     ),
 }
-CONTROL = "symmetric"
 TITLES = ("signal-to-noise", "along needed latents (%)", "share by posterior (%)")
 
 

@@ -21,7 +21,7 @@ from figures.tables import (
     settings_in,
     where,
 )
-from mechinterp.claims import kind_and_weights
+from mechinterp.arm_names import kind_and_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

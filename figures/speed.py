@@ -10,6 +10,7 @@ import pandas as pd
 from figures import style
 from figures.axes import percent_axis
 from figures.tables import Tables, arms_in, costs_of, over_seeds, read_tables, where
+from mechinterp.arm_names import CONTROL
 from mechinterp.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ CAPTION = (
     "serves. Pale markers are single seeds. To the right but within the grey band: slower only."
 )
 MARGIN = 5.0  # % of (oracle - constant), as in `dissociation`
-CONTROL = "symmetric"
 PLANE = ["steps_to_learn", "learning"]
 N_COLUMNS = 4
 NEEDS = {"measures": ("task", "regime", "arm", "costs", "seed", "measure", "value")}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from figures.tables import strength
-from mechinterp.claims import kind_and_weights
+from mechinterp.arm_names import kind_and_weights
 from mechinterp.files import atomic_file
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechinterp.claims import kind_and_weights
+from mechinterp.arm_names import kind_and_weights
 from mechinterp.errors import AnalysisError
 
 if TYPE_CHECKING:

@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mechinterp.arm_names import CONTROL, REORDERED
 from mechinterp.decisions import diagonal_utility
 from mechinterp.tasks.base import Task
 from mechinterp.training.sampling import effective_share
 
-CONTROL = "symmetric"
-REORDERED = "symmetric_reordered"  # the control with another order of the data: the null
 SYMMETRIC = {"name": "cross_entropy"}
 TUNING_FACTORS = (1 / 3, 1.0, 3.0)
 HARD_SHARE = 0.25

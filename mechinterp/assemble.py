@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from mechinterp.arm_names import kind_and_weights
 from mechinterp.claims import judge_claims
 from mechinterp.files import read_table
 from mechinterp.seed_measures import seed_measures
@@ -75,7 +76,8 @@ def contrast_arms(
     ex_post = ex_post.drop(columns="arm").assign(served=served)
     others = final[final["arm"] != "symmetric"]
     serving = others[~others["arm"].str.startswith("ex_post")]
-    serving = serving.assign(served=serving["arm"].str.extract(r"_(\d[\d.]*)$", expand=False))
+    weights = [kind_and_weights(arm)[1] for arm in serving["arm"]]
+    serving = serving.assign(served=pd.Series(weights, index=serving.index))
     changes = [
         _changes(final, before, "before"),
         _changes(others, control, "control"),

@@ -15,7 +15,6 @@ symmetric network of the task is not competent, and `not powered` with too few s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechinterp import files
+from mechinterp.arm_names import kind_and_weights
 from mechinterp.errors import AnalysisError
-from mechinterp.statistics import equivalence_test, holm, t_interval
+from mechinterp.statistics import equivalence_test, holm, t_interval, t_test
 from mechinterp.verdict import state_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ COLUMNS = [
     "outcome",
     "question",
 ]
-SERVING = re.compile(r"(?P<kind>.+?)_(?P<weights>\d[\d.]*)$")
 
 
 def judge_saved(spec: str | Path, tables: str | Path) -> tuple[StudySpec, pd.DataFrame]:
@@ -145,12 +144,6 @@ def _cells(
                 }
 
 
-def kind_and_weights(arm: str) -> tuple[str, str | None]:
-    """("weighted", "1.98") of "weighted_1.98"; ("focal", None) of "focal"."""
-    serving = SERVING.fullmatch(arm)
-    return (serving["kind"], serving["weights"]) if serving else (arm, None)
-
-
 def _reference(claim: Claim, weights: str | None, arms: set[str]) -> str | None:
     """The arm of kind `against` that serves the same weights, else the one that serves none."""
     if claim.against is None or weights is None:
@@ -177,17 +170,6 @@ def changes_by_seed(here: pd.DataFrame, arm: str, against: str | None, costs: st
         return np.array([])
     change = by_seed[arm] - (0.0 if against is None else by_seed[against])
     return change.dropna().to_numpy()
-
-
-def t_test(changes: np.ndarray) -> float:
-    """Two-sided p-value of mean zero by Student's t; NaN from one value, 1 where all are zero."""
-    from scipy.stats import ttest_1samp
-
-    if len(changes) < 2:
-        return float("nan")
-    if np.ptp(changes) == 0:
-        return 1.0 if changes[0] == 0 else 0.0
-    return float(ttest_1samp(changes, 0.0).pvalue)  # type: ignore[union-attr]
 
 
 def _outcome(changes: np.ndarray, row: dict[str, Any]) -> str:

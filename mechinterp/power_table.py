@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mechinterp.arm_names import CONTROL
 from mechinterp.claims import changes_by_seed, read_saved
 from mechinterp.errors import AnalysisError
 from mechinterp.power import plan_power
 from mechinterp.seed_measures import COLUMNS as MEASURE_COLUMNS
-from mechinterp.seed_measures import CONTROL
 from mechinterp.statistics import VarianceComponents
 
 if TYPE_CHECKING:

@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from mechinterp.arm_names import CONTROL
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -53,7 +55,6 @@ Measure = Literal[
     "gradient_needed",
     "incentive_slope",
 ]
-CONTROL = "symmetric"
 RUN = ["task", "regime", "arm", "seed"]
 COLUMNS = ["task", "regime", "arm", "costs", "seed", "measure", "value"]
 HALF = 0.5  # of the control's learning: what steps_to_learn waits for

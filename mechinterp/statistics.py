@@ -89,6 +89,18 @@ def t_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, level, len(x))
 
 
+def t_test(values: ArrayLike) -> float:
+    """Two-sided p-value of mean zero by Student's t; NaN from one value, 1 where all are zero."""
+    from scipy.stats import ttest_1samp
+
+    x = _numbers(values)
+    if len(x) < 2:
+        return float("nan")
+    if np.ptp(x) == 0:
+        return 1.0 if x[0] == 0 else 0.0
+    return float(ttest_1samp(x, 0.0).pvalue)  # type: ignore[union-attr]
+
+
 def sign_flip_test(values: ArrayLike, *, seed: int = 0) -> float:
     """Two-sided p-value of "symmetric about zero", from the means under all 2^n sign flips.
 

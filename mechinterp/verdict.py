@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp.statistics import Interval, bootstrap_t_interval, t_interval
+from mechinterp.statistics import Interval, bootstrap_t_interval, t_interval, t_test
 
 MARGIN = 0.05
 SIDES = ("learning", "choosing")
@@ -120,12 +120,7 @@ def _interval(delta: Tensor, groups: Tensor, *, level: float) -> Interval:
 
 def _p_value(delta: Tensor, groups: Tensor) -> float:
     """Two-sided p-value of "no change", from the t statistic of the groups' means."""
-    from scipy.stats import ttest_1samp
-
-    means = _group_means(delta, groups)
-    if float(means.std()) == 0.0:
-        return 1.0 if float(means.abs().max()) == 0.0 else 0.0
-    return float(ttest_1samp(means.numpy(), 0.0).pvalue)  # type: ignore[union-attr]
+    return t_test(_group_means(delta, groups).numpy())
 
 
 def _group_means(delta: Tensor, groups: Tensor) -> Float[Tensor, " groups"]:

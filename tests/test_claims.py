@@ -1,6 +1,7 @@
 """Claims against answers that are known, their text, and the command."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -192,4 +193,6 @@ def test_the_findings_page_is_what_its_tables_say(tmp_path):
     shutil.copy(root / "docs/findings/utility_weighted.md", page)
     claims_text.fill_page(page, spec, judged)
     assert page.read_text() == (root / "docs/findings/utility_weighted.md").read_text()
-    assert (copy / "claims.csv").read_text() == (tables / "claims.csv").read_text()
+    # Not by the letter: the last digits of a p-value depend on the libraries' versions.
+    read = partial(pd.read_csv, keep_default_na=False)
+    pd.testing.assert_frame_equal(read(copy / "claims.csv"), read(tables / "claims.csv"), rtol=1e-4)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mechinterp.claims import kind_and_weights
+from mechinterp.arm_names import kind_and_weights
 from mechinterp.errors import SpecError
 from mechinterp.spec import load_study, load_task
 from mechinterp.study_plan import arms_of, make_plan

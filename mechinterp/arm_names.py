@@ -1,0 +1,15 @@
+"""What the name of an arm says. Light, so that figures and tables can ask without loading torch."""
+
+from __future__ import annotations
+
+import re
+
+CONTROL = "symmetric"
+REORDERED = "symmetric_reordered"  # the control with another order of the data: the null
+SERVING = re.compile(r"(?P<kind>.+?)_(?P<weights>\d[\d.]*)$")
+
+
+def kind_and_weights(arm: str) -> tuple[str, str | None]:
+    """("weighted", "1.98") of "weighted_1.98"; ("focal", None) of "focal"."""
+    serving = SERVING.fullmatch(arm)
+    return (serving["kind"], serving["weights"]) if serving else (arm, None)

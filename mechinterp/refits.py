@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mechinterp.decisions import Target, Utility, action_weights, log_score
 from mechinterp.errors import AnalysisError
-from mechinterp.lesions import constant_direction, untied_copy
+from mechinterp.folding import constant_direction, untied_copy
 from probes.logistic import fit_softmax
 
 

@@ -1,0 +1,37 @@
+"""What a change to a Llama-type network's weights takes: an untied copy, a constant direction."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from mechinterp.errors import ModelError
+
+
+def untied_copy(model: PreTrainedModel) -> Any:
+    """A LlamaForCausalLM whose unembedding can change without its embedding."""
+    if not isinstance(model, LlamaForCausalLM):
+        raise ModelError(f"lesions: only LlamaForCausalLM is supported, got {type(model).__name__}")
+    lesioned = copy.deepcopy(model)
+    if lesioned.config.tie_word_embeddings:
+        lesioned.config.tie_word_embeddings = False
+        lesioned.lm_head.weight = nn.Parameter(lesioned.lm_head.weight.detach().clone())
+    return lesioned
+
+
+def constant_direction(normed: Float[Tensor, "items d_model"]) -> Float[Tensor, " d_model"]:
+    """The least-squares direction whose product with every row is 1, a little ridged."""
+    x = normed.double()
+    gram = x.T @ x / len(x)
+    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return torch.linalg.solve(gram + ridge, x.mean(0)).to(normed)
+
+
+def check_plain(matrix: nn.Linear) -> None:
+    if matrix.bias is not None:
+        raise ModelError("lesions: only networks without biases, such as Llama, are supported")

@@ -1,0 +1,198 @@
+"""Every kind of lesion: its side of the verdict, its dose, the rungs of the ladder that fall."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from transformers import LlamaForCausalLM
+
+from mechinterp.errors import ModelError
+from mechinterp.lesions import choosing, discarding, learning, preserving
+from mechinterp.lesions.subject import Subject
+
+Side = Literal["choosing", "learning", "both", "discarded", "none"]
+Rung = Literal["raw", "bias", "head", "depth"]
+Make = Callable[[Subject, float, torch.Generator], LlamaForCausalLM]
+ALL: tuple[Rung, ...] = ("raw", "bias", "head", "depth")
+
+
+class Dose(NamedTuple):
+    """So much of a kind of lesion."""
+
+    lesion: str
+    amount: float
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """`make` returns the damaged network. `lowers` are the rungs that fall with the dose; the
+    others stay. `dose` says in words what an amount means."""
+
+    side: Side
+    lowers: tuple[Rung, ...]
+    dose: str
+    make: Make
+
+
+def _refitted(make: Make) -> Make:
+    """So that nothing but learning is wrong, the decision makes the best of what is left."""
+    return lambda s, d, g: learning.refit_decision(s, make(s, d, g))
+
+
+def _shift(s: Subject, amount: float, _: torch.Generator) -> LlamaForCausalLM:
+    shift = torch.linspace(-amount / 2, amount / 2, len(s.task.actions)).tolist()
+    return choosing.shift_actions(s.model.model, s.task.actions, shift, normed=s.normed)
+
+
+def _rotate(s: Subject, amount: float, g: torch.Generator) -> LlamaForCausalLM:
+    actions = s.task.actions
+    return choosing.rotate_readout(s.model.model, actions, amount, normed=s.normed, generator=g)
+
+
+def _swap(s: Subject, amount: float, _: torch.Generator) -> LlamaForCausalLM:
+    binary = next((x for x in s.task.latents if x.n_values == 2 and x.needed), None)
+    if binary is None:
+        raise ModelError(f"swap: task {s.task.name!r} has no needed latent of two values")
+    return choosing.swap_for_subgroup(s, binary.name, amount)
+
+
+def _erase(s: Subject, amount: float, _: torch.Generator) -> LlamaForCausalLM:
+    telling = learning.tokens_that_tell(s.task)
+    return learning.erase_token(s.model.model, telling, like=telling, share=amount)
+
+
+def _scale(s: Subject, amount: float, _: torch.Generator) -> LlamaForCausalLM:
+    return choosing.scale_actions(s.model.model, s.task.actions, math.exp(-amount))
+
+
+def _noisy_readout(s: Subject, amount: float, g: torch.Generator) -> LlamaForCausalLM:
+    return choosing.add_readout_noise(s.model.model, s.task.actions, amount, generator=g)
+
+
+LESIONS: dict[str, Lesion] = {
+    "shift": Lesion("choosing", ("raw",), "nats between the first and the last action", _shift),
+    "rotate": Lesion("choosing", ("raw", "bias"), "degrees of the readout direction", _rotate),
+    "temperature": Lesion(
+        "choosing", ("raw", "bias"), "log of what the action logits are divided by", _scale
+    ),
+    "readout_noise": Lesion(
+        "choosing", ("raw", "bias"), "noise per size of the action rows", _noisy_readout
+    ),
+    "swap": Lesion(
+        "choosing", ("raw", "bias"), "share of the way to the opposite, in half the items", _swap
+    ),
+    "rewire": Lesion(
+        "choosing",
+        ("raw", "bias"),
+        "share of the last MLP's part in the decision that goes elsewhere",
+        lambda s, d, g: choosing.rewire_decision(s, d),
+    ),
+    "erase": Lesion(
+        "learning",
+        ALL,
+        "share of the way to one embedding for all tokens that tell",
+        _refitted(_erase),
+    ),
+    "noise_early": Lesion(
+        "learning",
+        ALL,
+        "noise per size of the first block's weights, all later ones trained again",
+        _refitted(lambda s, d, g: learning.noise_early(s, d, generator=g)),
+    ),
+    "stop_early": Lesion(
+        "learning",
+        ALL,
+        "share of the training steps left out",
+        _refitted(lambda s, d, g: learning.stop_early(s, d)),
+    ),
+    "prune": Lesion(
+        "learning",
+        ALL,
+        "share of the attention heads cut, the most needed first",
+        _refitted(lambda s, d, g: learning.prune_heads(s, d)),
+    ),
+    "flatten": Lesion(
+        "learning",
+        ALL,
+        "share by which attention scores shrink",
+        _refitted(lambda s, d, g: learning.flatten_attention(s.model.model, d)),
+    ),
+    "discard": Lesion(
+        "discarded",
+        ("raw", "bias", "head"),
+        "share of the needed latents, at 1 the posterior too; compare with append_block",
+        _refitted(lambda s, d, g: discarding.discard_late(s, d)),
+    ),
+    "refit": Lesion("none", (), "none", lambda s, d, g: learning.refit_decision(s, s.model.model)),
+    "basis": Lesion(
+        "none",
+        (),
+        "none: another basis of the residual stream",
+        lambda s, d, g: preserving.rotate_residual_basis(s.model.model, generator=g),
+    ),
+    "permute": Lesion(
+        "none",
+        (),
+        "none: another order of the neurons",
+        lambda s, d, g: preserving.permute_neurons(s.model.model, generator=g),
+    ),
+    "rescale": Lesion(
+        "none",
+        (),
+        "none: factors moved between matrices",
+        lambda s, d, g: preserving.rescale_parts(s.model.model, generator=g),
+    ),
+    "half": Lesion(
+        "none",
+        (),
+        "none: float16 and back",
+        lambda s, d, g: preserving.round_to_half(s.model.model),
+    ),
+    "append_block": Lesion(
+        "none",
+        (),
+        "none: a block that adds nothing",
+        lambda s, d, g: preserving.append_block(s.model.model),
+    ),
+}
+
+
+def damage(
+    subject: Subject, doses: Sequence[Dose], *, generator: torch.Generator
+) -> LlamaForCausalLM:
+    """The subject's network with every dose in turn: learning before choosing, else the refit of
+    the decision that belongs to a learning lesion would heal what was done to it.
+
+    Raises ModelError for a kind of lesion that is not known, or in the wrong order.
+    """
+    for dose in doses:
+        if dose.lesion not in LESIONS:
+            raise ModelError(f"lesion {dose.lesion!r}: not known; known: {', '.join(LESIONS)}")
+    sides = [LESIONS[dose.lesion].side for dose in doses]
+    if "choosing" in sides and {"learning", "discarded"} & set(sides[sides.index("choosing") :]):
+        raise ModelError("lesions: put those of learning before those of choosing")
+    for dose in doses:
+        model = LESIONS[dose.lesion].make(subject, dose.amount, generator)
+        subject = subject.with_model(model)
+    return model
+
+
+def side_of(doses: Sequence[Dose]) -> Side:
+    """What several lesions do together."""
+    sides = {LESIONS[dose.lesion].side for dose in doses}
+    if {"choosing", "learning"} <= sides:
+        return "both"
+    return next((side for side in get_args(Side) if side in sides), "none")
+
+
+def parse_dose(text: str) -> Dose:
+    """ "shift=2" as a dose; raises ModelError."""
+    name, _, amount = text.partition("=")
+    try:
+        return Dose(name, float(amount or 0))
+    except ValueError:
+        raise ModelError(f"lesion {text!r}: expected KIND=DOSE such as shift=2") from None

@@ -30,7 +30,10 @@ SIZES = {  # as `inspect` prints them -> the key in config.json
 @app.command()
 def study(
     spec: Annotated[Path, typer.Argument(help="Study spec (.yaml).")],
-    out: Out,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Directory for tables, figures and report. Default: results/<spec>."),
+    ] = None,
     preset: Annotated[Optional[str], typer.Option(help="One of the spec's presets.")] = None,  # noqa: UP045
     workers: Annotated[
         Optional[int],  # noqa: UP045
@@ -46,7 +49,11 @@ def study(
     from mechinterp.study import run_study
 
     report = run_study(
-        spec, out=out, preset=preset, n_workers=workers or os.cpu_count() or 1, command=_command()
+        spec,
+        out=out or Path("results", spec.stem),
+        preset=preset,
+        n_workers=workers or os.cpu_count() or 1,
+        command=_command(),
     )
     print(report)
 

@@ -1,21 +1,16 @@
-"""Claims in words: as Markdown tables, and into the places of a page that are marked for them.
-
-A page marks a claim's place with two lines, between which everything is replaced:
-
-    <!-- claim: learns_less -->
-    <!-- end -->
+"""Claims in words: as Markdown tables, and into the places of a page that are marked for them
+(`mechinterp.page_places`).
 
 "claims: all" in place of a claim's name stands for one line per claim.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechinterp import files
-from mechinterp.errors import SpecError
+from mechinterp.page_places import fill_places
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,9 +18,6 @@ if TYPE_CHECKING:
     from mechinterp.spec import Claim, StudySpec
 
 OUTCOMES = ("replicated", "reversed", "null", "inconclusive", "void", "not powered")
-PLACE = re.compile(
-    r"(?P<begin><!-- claims?: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
-)
 DIGITS = 3
 
 
@@ -34,18 +26,9 @@ def fill_page(path: str | Path, spec: StudySpec, claims: pd.DataFrame) -> None:
 
     Raises SpecError where a place names a claim that the spec does not have.
     """
-    page = Path(path).read_text(encoding="utf-8")
-
-    def fill(place: re.Match[str]) -> str:
-        name = place["name"]
-        if name != "all" and name not in spec.claims:
-            raise SpecError(
-                f"{path}: claim {name!r} is not in the spec; it has: {', '.join(spec.claims)}"
-            )
-        text = overview(spec, claims) if name == "all" else claim_text(name, spec, claims)
-        return f"{place['begin']}{text}\n{place['end']}"
-
-    files.write_text(path, PLACE.sub(fill, page))
+    texts = {name: claim_text(name, spec, claims) for name in spec.claims}
+    page = fill_places(path, "claim", {"all": overview(spec, claims), **texts})
+    files.write_text(path, page)
 
 
 def overview(spec: StudySpec, claims: pd.DataFrame) -> str:

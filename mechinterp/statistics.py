@@ -101,6 +101,16 @@ def t_test(values: ArrayLike) -> float:
     return float(ttest_1samp(x, 0.0).pvalue)  # type: ignore[union-attr]
 
 
+def proportion_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's (1934) exact interval of a proportion; (0, 1) of nothing."""
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return 0.0, 1.0
+    found = binomtest(successes, n).proportion_ci(level, method="exact")
+    return float(found.low), float(found.high)
+
+
 def sign_flip_test(values: ArrayLike, *, seed: int = 0) -> float:
     """Two-sided p-value of "symmetric about zero", from the means under all 2^n sign flips.
 

@@ -31,7 +31,9 @@ VERSIONS = {
     "recovery": 3,
     "pair": 3,
     "competence": 2,
-    "compare": 5,
+    "reference": 1,
+    "lesion": 1,
+    "compare": 6,
 }
 
 
@@ -210,6 +212,44 @@ def run_competence(directory: str, after: list[str], inputs: dict[str, Any]) -> 
     model = load(checkpoint_path(after[0], inputs["step"]))
     table = measure_competence(model, task, spec=spec, threshold=inputs["threshold"])
     write_step(directory, {"competence": table}, inputs, begun)
+
+
+def run_reference(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
+    """A sound network's ladder, item by item, which its lesions are judged against."""
+    from analyses.validity import measure_reference
+    from mechinterp.hooked import load
+    from mechinterp.lesions import parse_doses
+
+    begun = time.monotonic()
+    task, spec = _task_and_spec(inputs)
+    model = load(checkpoint_path(after[0], inputs["step"]))
+    doses = [dose for text in inputs["doses"] for dose in parse_doses(text)]
+    write_step(directory, measure_reference(model, task, doses, spec=spec), inputs, begun)
+
+
+def run_lesion(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
+    """A network with doses of lesions, and the verdict on it against a reference."""
+    from analyses.validity import judge_lesion
+    from mechinterp.files import read_table
+    from mechinterp.hooked import load
+    from mechinterp.lesions import parse_doses
+
+    begun = time.monotonic()
+    task, spec = _task_and_spec(inputs)
+    model = load(checkpoint_path(after[0], inputs["step"]))
+    tables = {
+        name: read_table(Path(after[1]) / f"{name}.parquet") for name in ("ladder_items", "value")
+    }
+    pair = judge_lesion(
+        model,
+        task,
+        [dose for text in inputs["doses"] for dose in parse_doses(text)],
+        tables,
+        spec=spec,
+        margin=inputs["margin"],
+        seed=inputs["seed"],
+    )
+    write_step(directory, {"pair": pair}, inputs, begun)
 
 
 def _task_and_spec(inputs: dict[str, Any]) -> tuple[Task, AnalysisSpec]:

@@ -17,7 +17,7 @@ from mechinterp.lesions import (
     Subject,
     append_block,
     damage,
-    parse_dose,
+    parse_doses,
     side_of,
     tokens_that_tell,
 )
@@ -142,7 +142,7 @@ def test_sides_of_several_lesions():
 
 def test_errors_name_what_is_wrong(bench):
     with pytest.raises(ModelError, match="lesion 'bad': not known; known: shift"):
-        bench.damaged(Dose("bad", 1.0))
+        parse_doses("erase=1+bad=1")
     with pytest.raises(ModelError, match="those of learning before those of choosing"):
         bench.damaged(Dose("shift", 1.0), Dose("erase", 1.0))
     with pytest.raises(ModelError, match="no checkpoint that lacks 150%"):
@@ -150,5 +150,5 @@ def test_errors_name_what_is_wrong(bench):
     with pytest.raises(ModelError, match="needs a checkpoint of a trajectory"):
         bench.damaged(Dose("erase", 0.5), Dose("stop_early", 0.5))
     with pytest.raises(ModelError, match="expected KIND=DOSE"):
-        parse_dose("shift=much")
-    assert parse_dose("shift=2") == Dose("shift", 2.0)
+        parse_doses("shift=much")
+    assert parse_doses("erase=0.9+shift=2") == [Dose("erase", 0.9), Dose("shift", 2.0)]

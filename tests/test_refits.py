@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from mechinterp import lesions, refits, tasks
+from mechinterp import folding, lesions, refits, tasks
 from mechinterp.decisions import diagonal_utility, log_score
 from mechinterp.errors import AnalysisError
 from mechinterp.refits import ActionReadout
@@ -110,7 +110,7 @@ def test_folded_readout_is_what_the_checkpoint_says():
         logits = folded(input_ids=items.tokens).logits[:, -1, list(task.actions)]
     # The bias goes in as the direction that is nearest to 1 on all items, and no nearer than that.
     residual = (
-        normed @ lesions.constant_direction(normed) - 1
+        normed @ folding.constant_direction(normed) - 1
     ).abs().max() * readout.bias.abs().max()
     gap = (logits - readout(normed).float()).abs().max()
     assert gap < 1.01 * float(residual) + 1e-4 < 0.1

@@ -7,7 +7,7 @@ of a Llama-type network (RMSNorm, no biases), so that the result is a valid chec
 
 from __future__ import annotations
 
-from mechinterp.lesions.catalogue import LESIONS, Dose, Lesion, damage, parse_dose, side_of
+from mechinterp.lesions.catalogue import LESIONS, Dose, Lesion, damage, parse_doses, side_of
 from mechinterp.lesions.choosing import (
     add_readout_noise,
     rewire_decision,
@@ -47,7 +47,7 @@ __all__ = [
     "erase_token",
     "flatten_attention",
     "noise_early",
-    "parse_dose",
+    "parse_doses",
     "permute_neurons",
     "prune_heads",
     "refit_decision",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from transformers import LlamaForCausalLM
@@ -167,14 +167,12 @@ def damage(
     """The subject's network with every dose in turn: learning before choosing, else the refit of
     the decision that belongs to a learning lesion would heal what was done to it.
 
-    Raises ModelError for a kind of lesion that is not known, or in the wrong order.
+    Raises ModelError for the wrong order, or for a network or task that a lesion cannot damage.
     """
-    for dose in doses:
-        if dose.lesion not in LESIONS:
-            raise ModelError(f"lesion {dose.lesion!r}: not known; known: {', '.join(LESIONS)}")
     sides = [LESIONS[dose.lesion].side for dose in doses]
     if "choosing" in sides and {"learning", "discarded"} & set(sides[sides.index("choosing") :]):
         raise ModelError("lesions: put those of learning before those of choosing")
+    model: Any = subject.model.model
     for dose in doses:
         model = LESIONS[dose.lesion].make(subject, dose.amount, generator)
         subject = subject.with_model(model)
@@ -189,10 +187,17 @@ def side_of(doses: Sequence[Dose]) -> Side:
     return next((side for side in get_args(Side) if side in sides), "none")
 
 
-def parse_dose(text: str) -> Dose:
-    """ "shift=2" as a dose; raises ModelError."""
-    name, _, amount = text.partition("=")
-    try:
-        return Dose(name, float(amount or 0))
-    except ValueError:
-        raise ModelError(f"lesion {text!r}: expected KIND=DOSE such as shift=2") from None
+def parse_doses(text: str) -> list[Dose]:
+    """Doses from "shift=2" or "erase=0.9+shift=2"; raises ModelError."""
+    doses = []
+    for part in text.split("+"):
+        name, _, amount = part.partition("=")
+        if name not in LESIONS:
+            raise ModelError(f"lesion {name!r}: not known; known: {', '.join(LESIONS)}")
+        try:
+            doses.append(Dose(name, float(amount or 0)))
+        except ValueError:
+            raise ModelError(
+                f"lesion {part!r}: expected KIND=DOSE such as shift=2, got {amount!r} as dose"
+            ) from None
+    return doses

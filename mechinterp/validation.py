@@ -1,0 +1,290 @@
+"""The validation study: networks damaged in known ways, and the verdicts that come out.
+
+A *pair* is a sound network and the same one with a dose of a lesion, or with a change that is no
+damage. Every pair is one row of the table `pairs`; `mechinterp.validity` turns it into rates.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from mechinterp import files, tasks
+from mechinterp.checkpoints.provenance import library_versions
+from mechinterp.errors import ModelError, SpecError, TaskError
+from mechinterp.lesions import parse_doses, side_of
+from mechinterp.spec import StrictModel, check, known_keys, overlay, read_yaml
+from mechinterp.steps import Step, remove_remains
+from mechinterp.training.config import ModelConfig, TrainingConfig
+from mechinterp.training.pool import run_jobs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HALVES = ("development", "held_out")
+# Pairs that take training: two networks that differ by chance, or by more of the same.
+CONTROLS = ("reseed", "reorder", "continue")
+APPENDED = "append_block"  # what a network with a discarding block is compared with
+
+
+class Network(StrictModel):
+    """A kind of network to be damaged: a task, a shape, and how it is trained."""
+
+    task: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    n_steps: int = Field(ge=8)
+    model: Annotated[ModelConfig, known_keys(ModelConfig)] = ModelConfig()
+    training: Annotated[TrainingConfig, known_keys(TrainingConfig)] = TrainingConfig()
+
+
+class ValidationSpec(StrictModel):
+    """Networks x seeds x doses. `development` and `held_out` map a kind of damage to its doses,
+    each "KIND=DOSE" or several joined by "+", or one of reseed, reorder and continue.
+
+    `cost` is the utility lost, as a share of (oracle - best constant), from which on a verdict must
+    be right; `competence` is what a network must reach to be damaged at all.
+    """
+
+    name: str
+    seeds: int = Field(ge=1)
+    items: int = Field(12_000, ge=60)
+    margin: float = Field(0.05, gt=0)
+    cost: float = Field(0.1, gt=0)
+    competence: float = Field(0.9, gt=0, le=1)
+    further_steps: int = Field(60, ge=8)
+    networks: dict[str, Network]
+    only: tuple[str, ...] = Field((), description="names of the networks to run; none: all")
+    development: dict[str, tuple[str, ...]]
+    held_out: dict[str, tuple[str, ...]]
+    presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def kinds(self) -> Iterator[tuple[str, str, str]]:
+        """(half, kind, dose) of every pair."""
+        for half in HALVES:
+            for kind, doses in getattr(self, half).items():
+                for dose in doses:
+                    yield half, kind, dose
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """`references` measure the networks before, `pairs` those after; `runs` train them."""
+
+    spec: ValidationSpec
+    runs: tuple[Step, ...]
+    references: tuple[Step, ...]
+    pairs: tuple[Step, ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps once each, a network's together."""
+        steps: dict[str, Step] = {}
+        for step in (*self.runs, *self.references, *self.pairs):
+            steps.setdefault(step.key, step)
+        names = list(self.spec.networks)
+        return tuple(
+            sorted(
+                steps.values(), key=lambda s: (s.labels["seed"], names.index(s.labels["network"]))
+            )
+        )
+
+
+def load_validation(path: str | Path, *, preset: str | None = None) -> ValidationSpec:
+    """A validation spec with one of its presets laid over it; raises SpecError."""
+    raw = read_yaml(path)
+    spec = check(ValidationSpec, raw, source=path)
+    if preset is not None:
+        if preset not in spec.presets:
+            known = ", ".join(spec.presets) or "none"
+            raise SpecError(f"{path}: presets: no preset {preset!r}; it has: {known}")
+        spec = check(
+            ValidationSpec, overlay(raw, spec.presets[preset]), source=f"{path} ({preset})"
+        )
+    if unknown := [name for name in spec.only if name not in spec.networks]:
+        raise SpecError(
+            f"{path}: only: no network {unknown[0]!r}; it has: {', '.join(spec.networks)}"
+        )
+    for half, kind, dose in spec.kinds():
+        try:
+            if dose not in CONTROLS:
+                parse_doses(dose)
+        except ModelError as error:
+            raise SpecError(f"{path}: {half}.{kind}: {error}") from error
+    for name, network in spec.networks.items():
+        try:
+            tasks.get(network.task, **network.settings)
+        except TaskError as error:
+            raise SpecError(f"{path}: networks.{name}: {error}") from error
+    kept = {name: spec.networks[name] for name in spec.only or spec.networks}
+    return spec.model_copy(update={"networks": kept})
+
+
+def make_validation_plan(spec: ValidationSpec) -> ValidationPlan:
+    """What the spec asks for; runs nothing."""
+    runs: list[Step] = []
+    references: dict[str, Step] = {}
+    pairs: list[Step] = []
+    for name, network in spec.networks.items():
+        trained = [_train(network, name, seed) for seed in range(spec.seeds + 1)]
+        for seed in range(spec.seeds):
+            base = trained[seed]
+            branches = [_branch(spec, network, name, base, order) for order in (1, 2)]
+            controls = {
+                "reseed": (base, trained[seed + 1]),
+                "reorder": (branches[0], branches[1]),
+                "continue": (base, branches[0]),
+            }
+            for half, kind, dose in spec.kinds():
+                before, after = controls.get(dose, (base, base))
+                appended = kind == "discard"
+                reference = _reference(spec, network, before, [APPENDED] if appended else [])
+                references[reference.key] = reference
+                pair = _pair(spec, network, after, reference, dose, half, kind)
+                runs += [before, after]
+                pairs.append(pair)
+    return ValidationPlan(spec, tuple(runs), tuple(references.values()), tuple(pairs))
+
+
+def run_validation(
+    path: str | Path,
+    *,
+    out: str | Path,
+    preset: str | None = None,
+    n_workers: int = 2,
+    command: str = "",
+) -> pd.DataFrame:
+    """Do what is not yet done of the spec at `path`; leaves tables, figures and a manifest in
+    `out`, and returns the table `pairs`."""
+    from figures import draw_all
+    from mechinterp.validity import validity_tables
+
+    spec = load_validation(path, preset=preset)
+    out, begun = Path(out), time.monotonic()
+    plan = make_validation_plan(spec)
+    missing = [step for step in plan.steps if not step.is_done(out)]
+    remove_remains(out)
+    if missing:
+        done = len(plan.steps) - len(missing)
+        print(
+            f"{spec.name}: {len(missing)} steps to do, {done} done before, {n_workers} at a time",
+            file=sys.stderr,
+        )
+        jobs = [step.job(out) for step in missing]
+        for _ in run_jobs(jobs, n_workers=n_workers, label="validation"):
+            pass
+    tables = validity_tables(_pairs(plan, out), spec)
+    for name, table in tables.items():
+        files.write_table(out / "tables" / f"{name}.parquet", table)
+    draw_all(out / "tables", out / "figures", ["validity"])
+    manifest = {
+        "study": spec.name,
+        "preset": preset,
+        "command": command,
+        "spec": spec.model_dump(mode="json"),
+        "versions": {**library_versions(), "python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+        "seconds_of_last_run": round(time.monotonic() - begun, 1),
+        "seconds_per_pair": round(
+            sum(step.record(out)["seconds"] for step in plan.pairs) / len(plan.pairs), 2
+        ),
+    }
+    files.write_json(out / "manifest.json", manifest)
+    return tables["pairs"]
+
+
+def _pairs(plan: ValidationPlan, out: Path) -> pd.DataFrame:
+    """One row per pair, with the competence of the network before."""
+    import pandas as pd
+
+    competence = {
+        step.key: float(step.tables(out)["competence"]["competence"].to_numpy()[0])
+        for step in plan.references
+    }
+    rows = [
+        step.tables(out)["pair"].assign(competence=competence[step.after[1].key])
+        for step in plan.pairs
+    ]
+    return pd.concat(rows, ignore_index=True)
+
+
+def _train(network: Network, name: str, seed: int) -> Step:
+    inputs = {
+        **_task_inputs(network),
+        "training": _training(network, network.n_steps),
+        "objective": {"name": "cross_entropy"},
+        "seed": seed,
+        "data_order": 0,
+        "model": asdict(network.model),
+        "start_step": None,
+    }
+    return Step("train", inputs, {"network": name, "seed": seed})
+
+
+def _branch(
+    spec: ValidationSpec, network: Network, name: str, start: Step, data_order: int
+) -> Step:
+    inputs = {
+        **start.inputs,
+        "training": _training(network, spec.further_steps),
+        "data_order": data_order,
+        "model": None,
+        "start_step": network.n_steps,
+    }
+    return Step("train", inputs, start.labels, (start,))
+
+
+def _training(network: Network, n_steps: int) -> dict[str, Any]:
+    """Dense enough in checkpoints for early stops."""
+    steps = tuple(round(n_steps * share) for share in (0.05, 0.1, 0.15, 0.25, 0.5, 1))
+    training = asdict(replace(network.training, n_steps=n_steps, checkpoint_steps=steps))
+    return {**training, "betas": list(training["betas"]), "checkpoint_steps": list(steps)}
+
+
+def _task_inputs(network: Network) -> dict[str, Any]:
+    return {"task": network.task, "settings": network.settings}
+
+
+def _measured(spec: ValidationSpec, network: Network, run: Step) -> dict[str, Any]:
+    return {
+        **_task_inputs(network),
+        "analysis": {"ladder_items": spec.items},
+        "step": run.inputs["training"]["n_steps"],
+    }
+
+
+def _reference(spec: ValidationSpec, network: Network, run: Step, doses: list[str]) -> Step:
+    inputs = {**_measured(spec, network, run), "doses": doses}
+    return Step("reference", inputs, run.labels, (run,))
+
+
+def _pair(
+    spec: ValidationSpec,
+    network: Network,
+    run: Step,
+    reference: Step,
+    dose: str,
+    half: str,
+    kind: str,
+) -> Step:
+    is_control = dose in CONTROLS
+    inputs = {
+        **_measured(spec, network, run),
+        "doses": [] if is_control else dose.split("+"),
+        "margin": spec.margin,
+        "seed": reference.labels["seed"],
+    }
+    labels = {
+        **reference.labels,
+        "half": half,
+        "kind": kind,
+        "dose": dose,
+        "side": "none" if is_control else side_of(parse_doses(dose)),
+    }
+    return Step("lesion", inputs, labels, (run, reference))

@@ -53,7 +53,7 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _known_keys(dataclass: type) -> BeforeValidator:
+def known_keys(dataclass: type) -> BeforeValidator:
     """Pydantic would silently drop what a plain dataclass does not know."""
     known = sorted(field.name for field in fields(dataclass))
 
@@ -73,6 +73,7 @@ class AnalysisSpec(StrictModel):
     Without `description_length` probes leave it out, which takes as long as all else about them.
     The crossing is also stitched, on `stitch_items` others; with 0 it is not. Gradients of
     objectives are taken on at most `gradient_items` of the training split; with 0 they are not.
+    Heads and neurons are pruned by `pruning_shares` of all, beside `pruning_draws` random choices.
     In a study `crossing_items` of 0 leave out all that compares an arm's network with the one that
     it branched from, and `pair_circuits` adds their circuits to it.
     """
@@ -93,11 +94,23 @@ class AnalysisSpec(StrictModel):
     stitch_items: int = Field(1_000, ge=0)
     graft_items: int = Field(1_000, ge=2)
     graft_parts: Literal["component", "sublayer", "block"] = "component"
+    pruning_items: int = Field(1_000, ge=60)
+    pruning_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (
+        *(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    )
+    pruning_draws: int = Field(5, ge=2)
     gradient_items: int = Field(2_048, ge=0)
     calibration_bins: int = Field(10, ge=2)
     max_layers: int = Field(12, ge=2)
     batch_size: int = Field(512, ge=1)
     seed: int = 0
+
+    @field_validator("pruning_shares")
+    @classmethod
+    def _rising(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if len(shares) < 2 or sorted(set(shares)) != list(shares):
+            raise ValueError("expected at least two shares in rising order")
+        return shares
 
 
 class TaskSpec(StrictModel):
@@ -135,8 +148,8 @@ class StudyTask(TaskSpec):
     init_steps: int = Field(400, ge=8)
     branch_steps: int = Field(240, ge=8)
     n_checkpoints: int = Field(6, ge=2, description="log-spaced, besides step 0")
-    model: Annotated[ModelConfig, _known_keys(ModelConfig)] = ModelConfig()
-    training: Annotated[TrainingConfig, _known_keys(TrainingConfig)] = TrainingConfig()
+    model: Annotated[ModelConfig, known_keys(ModelConfig)] = ModelConfig()
+    training: Annotated[TrainingConfig, known_keys(TrainingConfig)] = TrainingConfig()
     arms: tuple[ArmKind, ...] = Field((), description="none: the study's")
     competence: float | None = Field(None, gt=0, le=1, description="none: the study's")
     weights: tuple[str, ...] = Field((), description="names of the study's weights; none: all")
@@ -251,7 +264,7 @@ def load_task(source: str | Path, *, changes: Mapping[str, Any] | None = None) -
     """
     if changes:
         spec = load_task(source).model_dump(mode="json", exclude_unset=True)
-        return check(TaskSpec, _overlay(spec, {"analysis": dict(changes)}), source=source)
+        return check(TaskSpec, overlay(spec, {"analysis": dict(changes)}), source=source)
     if str(source) in tasks.names():
         return TaskSpec(task=str(source))
     if Path(source).suffix not in (".yaml", ".yml"):
@@ -269,7 +282,7 @@ def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
         if preset not in spec.presets:
             known = ", ".join(spec.presets) or "none"
             raise SpecError(f"{path}: presets: no preset {preset!r}; it has: {known}")
-        spec = check(StudySpec, _overlay(raw, spec.presets[preset]), source=f"{path} ({preset})")
+        spec = check(StudySpec, overlay(raw, spec.presets[preset]), source=f"{path} ({preset})")
     if unknown := [name for name in spec.only if name not in spec.tasks]:
         raise SpecError(
             f"{path}: only: no task {unknown[0]!r}; the study has: {', '.join(spec.tasks)}"
@@ -309,9 +322,9 @@ def _lacks_its_file(source: str | Path, name: str, task: StudyTask) -> bool:
     return True
 
 
-def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay(merged[key], value) if both else value
+        merged[key] = overlay(merged[key], value) if both else value
     return merged

@@ -159,9 +159,9 @@ def run_validation(
     preset: str | None = None,
     n_workers: int = 2,
     command: str = "",
-) -> pd.DataFrame:
+) -> dict[str, pd.DataFrame]:
     """Do what is not yet done of the spec at `path`; leaves tables, figures and a manifest in
-    `out`, and returns the table `pairs`."""
+    `out`, and returns the tables of `mechinterp.validity`."""
     from figures import draw_all
     from mechinterp.validity import validity_tables
 
@@ -196,7 +196,7 @@ def run_validation(
         ),
     }
     files.write_json(out / "manifest.json", manifest)
-    return tables["pairs"]
+    return tables
 
 
 def _pairs(plan: ValidationPlan, out: Path) -> pd.DataFrame:

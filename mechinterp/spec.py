@@ -74,6 +74,8 @@ class AnalysisSpec(StrictModel):
     The crossing is also stitched, on `stitch_items` others; with 0 it is not. Gradients of
     objectives are taken on at most `gradient_items` of the training split; with 0 they are not.
     Heads and neurons are pruned by `pruning_shares` of all, beside `pruning_draws` random choices.
+    Repairs train adapters and refits on `repair_items`, in `repair_draws` draws of them, and are
+    valued on `repair_test_items`; `reverse_steps` of 0 leave out reverse fine-tuning.
     In a study `crossing_items` of 0 leave out all that compares an arm's network with the one that
     it branched from, and `pair_circuits` adds their circuits to it.
     """
@@ -89,6 +91,15 @@ class AnalysisSpec(StrictModel):
     patch_grains: tuple[PatchGrain, ...] = ("resid_pre", "attn_out", "mlp_out", "head")
     circuit_steps: int = Field(5, ge=1)
     refit_items: int = Field(6_000, ge=60)
+    repair_items: int = Field(256, ge=8)
+    repair_draws: int = Field(4, ge=1)
+    repair_steps: int = Field(64, ge=1)
+    repair_ranks: tuple[int, ...] = (1, 4, 16)
+    repair_boundary: int | None = Field(None, ge=1)
+    repair_learning_rate: float = Field(1e-2, gt=0)
+    repair_test_items: int = Field(2_000, ge=60)
+    reverse_steps: int = Field(400, ge=0)
+    reverse_learning_rate: float = Field(3e-3, gt=0)
     crossing_items: int = Field(6_000, ge=0)
     pair_circuits: bool = False
     stitch_items: int = Field(1_000, ge=0)

@@ -37,6 +37,7 @@ NAMES = (
     "circuits",
     "calibration",
     "incentives",
+    "validity",
 )
 FORMATS = ("pdf", "svg", "png")
 

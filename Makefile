@@ -11,7 +11,7 @@ READY := .venv/ready
 # Two threads on a busy core are several times slower than one: processes share the cores instead.
 export OMP_NUM_THREADS = 1
 
-.PHONY: study test test-all lint setup
+.PHONY: study test test-all lint setup findings validate
 
 study: $(READY)  ## train the pairs, analyse them, draw the paper
 	$(BIN)/mechinterp study studies/main.yaml --preset $(PRESET) --out $(OUT)
@@ -48,3 +48,10 @@ findings: $(READY)  ## hours: the finding's study, its claims, the tables and fi
 	$(BIN)/mechinterp claims $(UTILITY) results/utility_weighted/tables --keep $(FINDING)/tables --page $(FINDING).md
 	for figure in claims dissociation speed gradients incentives; do \
 		$(BIN)/python -m figures.$$figure $(FINDING)/tables --out $(FINDING)/figures --formats png; done
+
+VALIDITY := docs/validity
+
+validate: $(READY)  ## about an hour: how often the verdict is right, and coverage of every interval
+	$(BIN)/mechinterp validate studies/validation.yaml --keep $(VALIDITY)/tables --page $(VALIDITY).md
+	$(BIN)/python -m figures.validity $(VALIDITY)/tables --out $(VALIDITY)/figures --formats png
+	$(BIN)/python benchmarks/coverage.py --seeds 8 16 --trials 500 --resamples 400

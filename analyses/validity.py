@@ -11,7 +11,7 @@ from analyses.ladder import Ladder, items_table, measure_ladder, read_ladders
 from analyses.streams import read_streams
 from mechinterp import decisions
 from mechinterp.hooked import HookedModel
-from mechinterp.lesions import Dose, Subject, damage
+from mechinterp.lesions import LESIONS, Dose, Subject, damage
 from mechinterp.randomness import derive_generator
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Task
@@ -51,19 +51,25 @@ def judge_lesion(
     """One row: what the lesion costs, and the verdict on `model` with it against `reference`.
 
     `cost_utility` and `cost_log_score` are what the network's own decision loses, on other items
-    than the verdict's, as shares of (oracle - constant): the true size, by no probe. For each loss
-    of the ladder: its increase, the 95% interval's bounds, p and state.
+    than the verdict's, as shares of (oracle - constant): the true size, by no probe; beside them
+    the part of it that lesions of choosing add to all others. For each loss of the ladder: its
+    increase, the 95% interval's bounds, p and state.
     """
-    model = _damaged(model, task, doses, seed=seed)
+    value = {"before": reference["value"]}
+    for stage in ("others", "choosing"):
+        some = [d for d in doses if (LESIONS[d.lesion].side == "choosing") == (stage == "choosing")]
+        model = _damaged(model, task, some, seed=seed)
+        value[stage] = raw_value(model, task, spec=spec)
     before = read_ladders(reference["ladder_items"])["before"][COSTS]
     after = _ladder(model, task, spec)
     groups = torch.from_numpy(
         reference["ladder_items"].query("currency == 'log_score'")["group"].to_numpy(copy=True)
     )
     row: dict[str, object] = {}
-    lost = reference["value"] - raw_value(model, task, spec=spec)
-    for currency in ("utility", "log_score"):
-        row[f"cost_{currency}"] = float(lost[currency].iloc[0]) / before.scale[currency]
+    for currency, unit in before.scale.items():
+        at = {stage: table[currency].to_numpy()[0] / unit for stage, table in value.items()}
+        row[f"cost_{currency}"] = at["before"] - at["choosing"]
+        row[f"cost_{currency}_choosing"] = at["others"] - at["choosing"]
     sides = {}
     for name in LOSSES:
         increase = after.loss("log_score", name) - before.loss("log_score", name)  # type: ignore[operator]

@@ -26,14 +26,14 @@ CAPTION = (
     "utility between the best constant action and the oracle, and for pairs without damage; "
     "shade: share of the row. Middle: share of right verdicts by the utility that the damage "
     "costs; bars: 95% Clopper-Pearson intervals, which take pairs as independent although they "
-    "share networks. Right: the increase of the loss on the damaged side (of both sides where both "
+    "share networks. Right: the increase of the loss on the damaged side (on each, where both "
     "were) against the true size, what the network's own decision loses in log score on other "
     "items, as % of oracle − constant; line: equal."
 )
 NEEDS = {
     "pairs": (
         *("half", "network", "seed", "side", "competent", "cost_utility", "cost_log_score"),
-        *("learning", "choosing", "discarded", "outcome"),
+        *("cost_log_score_choosing", "learning", "choosing", "discarded", "outcome"),
     ),
     "confusion": ("half", "side", "verdict", "n"),
     "sensitivity": ("half", "side", "low_cost", "high_cost", "rate", "n", "of_n"),
@@ -52,12 +52,6 @@ LOOKS = {
     "learning": _Look("#D55E00", "s"),
     "both": _Look("#882255", "D"),
     "discarded": _Look("#009E73", "^"),
-}
-MEASURED = {
-    "choosing": ["choosing"],
-    "learning": ["learning"],
-    "both": ["learning", "choosing"],
-    "discarded": ["discarded"],
 }
 
 
@@ -140,13 +134,16 @@ def _range(low: float, high: float) -> str:
 
 def _draw_agreement(ax: Axes, pairs: pd.DataFrame) -> None:
     sound = pairs[pairs["competent"]]
+    choosing = sound["cost_log_score_choosing"]
+    true = {"choosing": choosing, "learning": sound["cost_log_score"] - choosing}
+    true["discarded"] = true["learning"]
     points: list[Any] = []
     for side, look in LOOKS.items():
-        own = where(sound, side=side)
-        true = 100 * own["cost_log_score"].to_numpy()
-        measured = 100 * own[MEASURED[side]].sum(axis=1).to_numpy()
-        points += [true, measured]
-        ax.plot(true, measured, look.marker, color=look.color, markersize=2.5, alpha=0.6, mew=0)
+        own = sound["side"] == side
+        for loss in ("choosing", "learning") if side == "both" else (side,):
+            x, y = 100 * true[loss][own].to_numpy(), 100 * sound.loc[own, loss].to_numpy()
+            points += [x, y]
+            ax.plot(x, y, look.marker, color=look.color, markersize=2.5, alpha=0.6, mew=0)
     held = np.concatenate(points)
     for which in ("x", "y"):
         percent_axis(ax, which, held, at_least=5)

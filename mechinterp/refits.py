@@ -55,6 +55,41 @@ def retrain_classifier(
     return ActionReadout(fit.coef, fit.intercept)
 
 
+def retrain_exactly(
+    normed: Float[Tensor, "items d_model"],
+    target: Target,
+    *,
+    utility: Utility,
+    ridge: float = 1e-5,
+) -> ActionReadout:
+    """As `retrain_classifier`, but without a bias: `fold` then loses nothing.
+
+    A constant direction stands in for a bias only as far as the network has one, which damage may
+    take away.
+    """
+    x = normed.double()
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    kept = values > 1e-9 * values.max()
+    to_white = vectors[:, kept] / values[kept].sqrt()
+    white = x @ to_white
+    shares = action_weights(target, utility).double()
+    shares = shares / shares.sum(1).mean()
+    weight = white.new_zeros(shares.shape[1], white.shape[1]).requires_grad_()
+    search = torch.optim.LBFGS([weight], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        fit = -(shares * (white @ weight.T).log_softmax(1)).sum(1).mean()
+        value = fit + ridge / 2 * weight.pow(2).sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        search.step(loss)  # type: ignore[arg-type]
+    rows = (weight.detach() @ to_white.T).to(normed)
+    return ActionReadout(rows, rows.new_zeros(len(rows)))
+
+
 def scale_classes(
     readout: ActionReadout,
     normed: Float[Tensor, "items d_model"],

@@ -3,7 +3,8 @@
 A pair is *right* where the verdict names the damaged side (for a discarded latent: "none", and the
 state *discarded* is damaged), *opposite* where it names choosing for learning or the reverse. On
 undamaged pairs it is right where it says "none", and a *false alarm* where it names a side.
-"inconclusive" is never right. Pairs that share a network are not independent, so that the
+"inconclusive" is never right. Damage is *judged* from a set cost on; of damage on both sides each
+must cost as much. Pairs that share a network are not independent, so that the
 Clopper-Pearson intervals are somewhat too narrow; rates by network stand beside them.
 """
 
@@ -36,11 +37,12 @@ def validity_tables(pairs: pd.DataFrame, spec: ValidationSpec) -> dict[str, pd.D
     pairs = pairs.assign(
         competent=pairs["competence"] >= spec.competence,
         outcome=[_outcome(row) for row in pairs.to_dict("records")],
-        bin=np.digitize(pairs["cost_utility"], COST_EDGES[1:-1]),
     )
-    pairs["judged"] = pairs["competent"] & (
-        (pairs["side"] == "none") | (pairs["cost_utility"] >= spec.cost)
-    )
+    choosing = pairs["cost_utility_choosing"]
+    smaller = np.minimum(choosing, pairs["cost_utility"] - choosing)
+    cost = pairs["cost_utility"].where(pairs["side"] != "both", smaller)
+    pairs["bin"] = np.digitize(cost, COST_EDGES[1:-1])
+    pairs["judged"] = pairs["competent"] & ((pairs["side"] == "none") | (cost >= spec.cost))
     sound = pairs[pairs["competent"]]
     judged = pairs[pairs["judged"]]
     damaged = sound[sound["side"] != "none"]

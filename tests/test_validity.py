@@ -45,6 +45,7 @@ def pair(side: str, verdict: str, cost: float = 0.3, **more) -> dict:
         "side": side,
         "verdict": verdict,
         "cost_utility": cost,
+        "cost_utility_choosing": cost / 2,
         "competence": 1.0,
         "discarded_state": "intact",
         **more,
@@ -70,6 +71,7 @@ def test_rates_count_what_they_say():
         pair("learning", "choosing", competence=-1.0),  # was no sound network
         pair("learning", "both"),
         pair("both", "learning"),
+        pair("both", "learning", cost_utility_choosing=0.05),  # choosing too little damaged
         pair("discarded", "none", discarded_state="damaged"),
         pair("discarded", "none"),
         pair("none", "none", cost=0.0),
@@ -78,7 +80,7 @@ def test_rates_count_what_they_say():
     )
     outcomes = found["pairs"]["outcome"].tolist()
     assert outcomes == [
-        *("right", "opposite", "missed", "missed", "opposite", "other", "other"),
+        *("right", "opposite", "missed", "missed", "opposite", "other", "other", "other"),
         *("right", "missed", "right", "inconclusive", "alarm"),
     ]
     assert rate(found, "damaged", "right") == (2, 7)

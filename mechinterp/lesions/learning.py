@@ -118,14 +118,13 @@ def flatten_attention(model: PreTrainedModel, share: float) -> LlamaForCausalLM:
 
 
 def refit_decision(subject: Subject, model: PreTrainedModel) -> LlamaForCausalLM:
-    """`model` with the best affine readout of its own final residual as its decision.
+    """`model` with the best linear readout of its own final residual as its decision.
 
-    Fitted to the posterior where the task knows it, else to labels; its bias is folded in as in
-    `mechinterp.refits.fold`.
+    Fitted to the posterior where the task knows it, else to labels.
     """
     normed = subject.normed_of(model)
     target = subject.items.labels if subject.items.posterior is None else subject.items.posterior
-    best = refits.retrain_classifier(normed, target, utility=subject.task.utility)
+    best = refits.retrain_exactly(normed, target, utility=subject.task.utility)
     return refits.fold(model, subject.task.actions, best, normed=normed)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from mechinterp import cli_analyses
+from mechinterp import cli_analyses, cli_validation
 from mechinterp.cli_options import Checkpoint, Control, Out, Task, Threads
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_analyses.app)
+app.add_typer(cli_validation.app)
 
 SIZES = {  # as `inspect` prints them -> the key in config.json
     "layers": "num_hidden_layers",

@@ -48,6 +48,15 @@ def test_retrained_classifier_is_scikit_learns(data):
     torch.testing.assert_close(difference(readout), expected, rtol=0, atol=1e-3)
 
 
+def test_retraining_without_a_bias_is_scikit_learns(data):
+    normed, labels, _ = data
+    readout = refits.retrain_exactly(normed, labels, utility=UTILITY, ridge=1e-9)
+    peer = LogisticRegression(C=1e6, tol=1e-10, max_iter=5_000, fit_intercept=False)
+    peer.fit(normed, labels, sample_weight=np.array(WEIGHTS)[labels])
+    expected = torch.from_numpy(np.append(peer.coef_[0], 0.0))
+    torch.testing.assert_close(difference(readout), expected, rtol=0, atol=1e-3)
+
+
 def test_retraining_at_a_cost_is_the_ex_post_shift_of_a_right_model(data):
     """The posterior is linear in the features: weights move the bias alone, by log(w1 / w0)."""
     normed, _, z = data

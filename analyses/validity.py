@@ -56,10 +56,13 @@ def judge_lesion(
     increase, the 95% interval's bounds, p and state.
     """
     value = {"before": reference["value"]}
-    for stage in ("others", "choosing"):
-        some = [d for d in doses if (LESIONS[d.lesion].side == "choosing") == (stage == "choosing")]
-        model = _damaged(model, task, some, seed=seed)
-        value[stage] = raw_value(model, task, spec=spec)
+    of_choosing = [dose for dose in doses if LESIONS[dose.lesion].side == "choosing"]
+    others = [dose for dose in doses if dose not in of_choosing]
+    model = _damaged(model, task, others, seed=seed)
+    is_same = bool(doses) and not others
+    value["others"] = value["before"] if is_same else raw_value(model, task, spec=spec)
+    model = _damaged(model, task, of_choosing, seed=seed)
+    value["choosing"] = raw_value(model, task, spec=spec) if of_choosing else value["others"]
     before = read_ladders(reference["ladder_items"])["before"][COSTS]
     after = _ladder(model, task, spec)
     groups = torch.from_numpy(

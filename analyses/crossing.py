@@ -9,7 +9,8 @@ that a mere change of basis between the two does not count as one ("ridge").
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,11 +24,12 @@ from mechinterp import decisions
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.crossing import StitchFit, cross, fit_stitches, shapley_shares
 from mechinterp.spec import AnalysisSpec
-from mechinterp.tasks.base import Task
+from mechinterp.tasks.base import Items, Task
 from probes.folds import grouped_folds
 from probes.readout import fit_readouts
 
 READOUTS = ("raw", "bias", "head")
+HYBRIDS = ("aa", "ab", "ba", "bb")
 DEPTH_SHARE = (
     0.95  # of the depth rung, that a boundary's readout must reach to be the verdict's cut
 )
@@ -48,8 +50,27 @@ def measure_crossing(
     stitch, `unexplained_ab` and `unexplained_ba` say what it leaves of the difference between the
     networks' activations, on items that it was not fitted on; 1 is the identity.
     """
+    items = crossing_sample(task, spec)
+    rows = _cross_all(before, after, task, items, costs=costs, spec=spec, margin=margin)
+    return pd.DataFrame([row for row, _ in rows])
+
+
+def crossing_sample(task: Task, spec: AnalysisSpec) -> Items:
+    return task.sample(spec.crossing_items, seed=spec.seed, split="test")
+
+
+def _cross_all(
+    before: HookedModel,
+    after: HookedModel,
+    task: Task,
+    items: Items,
+    *,
+    costs: Mapping[str, decisions.Utility],
+    spec: AnalysisSpec,
+    margin: float = 0.05,
+) -> Iterator[tuple[dict[str, Any], dict[str, Float[Tensor, " items"]]]]:
+    """The rows of `measure_crossing`, each with the value of every item by hybrid."""
     check_fits(before, task)
-    items = task.sample(spec.crossing_items, seed=spec.seed, split="test")
     folds = grouped_folds(items.groups, items.labels, n_folds=spec.ladder_folds, seed=spec.seed)
     models = {"a": before, "b": after}
     cuts = layers_to_read(before.n_layers, spec.max_layers)
@@ -75,7 +96,6 @@ def measure_crossing(
     verdict_cut = find_verdict_cut(before, task, spec=spec)
     target = items.labels if items.posterior is None else items.posterior
     shifts = {name: action_shift(model, len(task.actions)) for name, model in models.items()}
-    rows = []
     for cost, utility in costs.items():
         scale = value_scale(target, utility)
         weights = decisions.action_weights(items.labels, utility)
@@ -86,7 +106,7 @@ def measure_crossing(
             stitch: str = "identity",
             weights: Tensor = weights,
             utility: decisions.Utility = utility,
-        ) -> dict[tuple[str, str], float]:
+        ) -> dict[tuple[str, str], Tensor]:
             crossing = crossings[hybrid, stitch]
             at = crossing.cuts.index(cut)
             raw = crossing.action_logits[at].double().cpu() + shifts[hybrid[1]]
@@ -98,31 +118,30 @@ def measure_crossing(
             values = {**own, "ab": value("ab", cut, stitch), "ba": value("ba", cut, stitch)}
             for currency in CURRENCIES:
                 for readout in READOUTS:
-                    u = {f"u_{name}": values[name][currency, readout] for name in values}
+                    by_item = {f"u_{name}": values[name][currency, readout] for name in HYBRIDS}
+                    u = {name: float(value.mean()) for name, value in by_item.items()}
                     shares = shapley_shares(**u, scale=scale[currency], margin=margin)
-                    rows.append(
-                        {
-                            "cut": cut,
-                            "stitch": stitch,
-                            "costs": cost,
-                            "currency": currency,
-                            "readout": readout,
-                            **u,
-                            "phi_front": shares.phi_front,
-                            "phi_back": shares.phi_back,
-                            "interaction": shares.interaction,
-                            "scale": scale[currency],
-                            "shares_valid": shares.valid,
-                            "verdict_cut": cut == verdict_cut,
-                            **{
-                                f"unexplained_{hybrid}": fits[hybrid][cut].unexplained
-                                if stitch == "ridge"
-                                else 1.0
-                                for hybrid in ("ab", "ba")
-                            },
-                        }
-                    )
-    return pd.DataFrame(rows)
+                    row = {
+                        "cut": cut,
+                        "stitch": stitch,
+                        "costs": cost,
+                        "currency": currency,
+                        "readout": readout,
+                        **u,
+                        "phi_front": shares.phi_front,
+                        "phi_back": shares.phi_back,
+                        "interaction": shares.interaction,
+                        "scale": scale[currency],
+                        "shares_valid": shares.valid,
+                        "verdict_cut": cut == verdict_cut,
+                        **{
+                            f"unexplained_{hybrid}": fits[hybrid][cut].unexplained
+                            if stitch == "ridge"
+                            else 1.0
+                            for hybrid in ("ab", "ba")
+                        },
+                    }
+                    yield row, by_item
 
 
 def fit_both_ways(
@@ -176,11 +195,14 @@ def _values(
     folds: Int[Tensor, " items"],
     target: decisions.Target,
     utility: decisions.Utility,
-) -> dict[tuple[str, str], float]:
-    """(currency, readout) -> value of one hybrid."""
-    readouts = fit_readouts(raw, {1: final}, weights, folds)
-    values = {name: decisions.value(readouts.logits[name], target, utility) for name in READOUTS}
-    return {(c, name): getattr(value, c) for name, value in values.items() for c in CURRENCIES}
+) -> dict[tuple[str, str], Float[Tensor, " items"]]:
+    """(currency, readout) -> value of one hybrid in each item."""
+    logits = fit_readouts(raw, {1: final}, weights, folds).logits
+    values = {}
+    for name in READOUTS:
+        values["utility", name] = decisions.expected_utility(logits[name], target, utility)
+        values["log_score", name] = decisions.log_score(logits[name].double(), target, utility)
+    return values
 
 
 def value_scale(target: decisions.Target, utility: decisions.Utility) -> dict[str, float]:
@@ -193,11 +215,25 @@ def value_scale(target: decisions.Target, utility: decisions.Utility) -> dict[st
 
 
 def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
-    """Table `crossing` of before and after; the null would take a second control."""
-    table = measure_crossing(
-        pair.models["before"], pair.require("after"), pair.task, costs=pair.costs, spec=pair.spec
-    )
-    return {"crossing": pair.join({"after": table.assign(null=False)})}
+    """Table `crossing` of before and after; the null would take a second control.
+
+    Where there is a verdict's cut also `crossing_items`: costs, currency, readout, cut, scale,
+    item, group and the hybrids' values there, joined as they are: what a verdict's shares rest on.
+    """
+    items = crossing_sample(pair.task, pair.spec)
+    models = pair.models["before"], pair.require("after")
+    rows, at_cut = [], []
+    for row, values in _cross_all(*models, pair.task, items, costs=pair.costs, spec=pair.spec):
+        rows.append({**row, "null": False})
+        if row["verdict_cut"] and row["stitch"] == "identity":
+            cell = {name: row[name] for name in ("costs", "currency", "readout", "cut", "scale")}
+            places = {"item": range(len(items)), "group": items.groups.numpy()}
+            hybrids = {name: value.numpy() for name, value in values.items()}
+            at_cut.append(pd.DataFrame({**cell, **places, **hybrids}))
+    tables = {"crossing": pair.join({"after": pd.DataFrame(rows)})}
+    if at_cut:
+        tables["crossing_items"] = pair.join({"after": pd.concat(at_cut, ignore_index=True)})
+    return tables
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from mechinterp.patching.result import (
     recovery_contributions,
 )
 from mechinterp.patching.sweeps import sweep_many
+from mechinterp.randomness import derive_rng
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import CounterfactualPairs, Task
 
@@ -141,22 +143,69 @@ def _tabulate(maps: Mapping[tuple[str, str], RecoveryMap]) -> pd.DataFrame:
     return pd.concat([each.to_table() for each in maps.values()], ignore_index=True)
 
 
+def overlap_table(maps: Mapping[str, Mapping[tuple[str, str], RecoveryMap]]) -> pd.DataFrame:
+    """How alike each arm's maps are to those of "before": arm, measure, value, low, high.
+
+    `overlap` is the weighted Jaccard index of recoveries' sizes over the cells of all grains:
+    1 where the maps are equal. `beyond_control`, of "after" where there is a control, is how much
+    less it overlaps than the control does. Percentile intervals (95%) over groups of pairs, drawn
+    together for all arms.
+    """
+    one = next(iter(maps["before"].values()))
+    _, group = one.groups.unique(return_inverse=True)
+    n_groups = int(group.max()) + 1
+    rng = derive_rng(0, "overlap of maps")
+    drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), RESAMPLING["n_resamples"])
+    counts = torch.from_numpy(np.concatenate([np.ones((1, n_groups)), drawn])).double()
+    sizes = {arm: _sizes(of_arm, counts[:, group]) for arm, of_arm in maps.items()}
+    before = sizes.pop("before")
+    overlaps = {
+        arm: torch.minimum(before, size).sum(1) / torch.maximum(before, size).sum(1)
+        for arm, size in sizes.items()
+    }
+    found = {(arm, "overlap"): overlap for arm, overlap in overlaps.items()}
+    if {"after", "control"} <= overlaps.keys():
+        found["after", "beyond_control"] = overlaps["control"] - overlaps["after"]
+    ends = counts.new_tensor([0.025, 0.975])
+    rows = [(*key, float(x[0]), *x[1:].quantile(ends).tolist()) for key, x in found.items()]
+    return pd.DataFrame(rows, columns=["arm", "measure", "value", "low", "high"])
+
+
+def _sizes(
+    maps: Mapping[tuple[str, str], RecoveryMap], weights: Float[Tensor, "resamples pairs"]
+) -> Float[Tensor, "resamples cells"]:
+    """|recovery| of every cell of every grain, with the pairs so weighted; 0 where none is."""
+    sizes = []
+    for (_, latent), one in maps.items():
+        if latent == "all":
+            cells = rearrange(one.contributions, "pairs layers units -> pairs (layers units)")
+            there = (~cells.isnan()).double()
+            total = weights @ cells.nan_to_num().double()
+            sizes.append((total / (weights @ there).clamp_min(1e-9)).abs())
+    return torch.cat(sizes, 1)
+
+
 def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
     """Table `patching`: the maps of "before" and of each other arm beside each other, and the
-    "change" between them, pair by pair."""
+    "change" between them, pair by pair; of two checkpoints or more also `recovery_overlap`."""
     maps = {
         arm: recovery_maps(model, pair.task, spec=pair.spec) for arm, model in pair.models.items()
     }
+    if len(maps) == 1:
+        own = _tabulate(maps["before"]).assign(checkpoint="after")
+        return {"patching": pair.join({"before": own})}
+    overlaps = {arm: rows.drop(columns="arm") for arm, rows in overlap_table(maps).groupby("arm")}
     before = maps.pop("before")
-    if not maps:
-        return {"patching": pair.join({"before": _tabulate(before).assign(checkpoint="after")})}
     parts = []
     for arm, after in maps.items():
         change = {key: before[key].change_to(after[key]) for key in before}
         each = {"before": before, "after": after, "change": change}
         joined = pd.concat([_tabulate(m).assign(checkpoint=name) for name, m in each.items()])
         parts.append(pair.join({arm: joined}))
-    return {"patching": pd.concat(parts, ignore_index=True)}
+    return {
+        "patching": pd.concat(parts, ignore_index=True),
+        "recovery_overlap": pair.join(overlaps),
+    }
 
 
 if __name__ == "__main__":

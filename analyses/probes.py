@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from analyses.pair import Pair, run_script
 from analyses.streams import DecisionStreams
@@ -15,7 +17,7 @@ from mechinterp.randomness import derive_seed
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Items, Task
 from probes.crossfit import ProbeConfig
-from probes.probe import probe_latents
+from probes.probe import ProbeResult, probe_latents
 from probes.surface import surface_features
 
 
@@ -33,8 +35,14 @@ def measure_probes(
     last token, is the same in every item and is left out. Layer -1 is the tokens, a baseline as the
     control task is.
     """
+    return _table(_probe(streams, items, task, spec, with_baselines), task)
+
+
+def _probe(
+    streams: DecisionStreams, items: Items, task: Task, spec: AnalysisSpec, with_baselines: bool
+) -> ProbeResult:
     some = items.select(slice(0, spec.probe_items))
-    result = probe_latents(
+    return probe_latents(
         {layer: x[: spec.probe_items] for layer, x in streams.residual.items() if layer > 0},
         some.latents,
         groups=some.groups,
@@ -43,21 +51,50 @@ def measure_probes(
         with_description_length=spec.description_length,
         config=ProbeConfig(n_folds=spec.probe_folds, seed=spec.seed),
     )
+
+
+def _table(result: ProbeResult, task: Task) -> pd.DataFrame:
     needed = {latent.name: latent.needed for latent in task.latents}
     return result.table.assign(needed=[needed[name] for name in result.table["latent"]])
 
 
+def information_table(
+    result: ProbeResult, task: Task, groups: Int[Tensor, " items"]
+) -> pd.DataFrame:
+    """latent, needed, item, group and information: bits about the latent in each item, at the layer
+    that is best (see `ProbeResult.best_information`)."""
+    needed = {latent.name: latent.needed for latent in task.latents}
+    rows = [
+        pd.DataFrame(
+            {
+                "latent": name,
+                "needed": needed[name],
+                "item": range(len(groups)),
+                "group": groups.numpy(),
+                "information": result.best_information(name).numpy(),
+            }
+        )
+        for name in result.labels
+    ]
+    return pd.concat(rows, ignore_index=True)
+
+
 def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
-    """Table `probes` of every arm, with those of a network of random weights as the floor."""
-    tables = {
-        arm: measure_probes(pair.probe_streams(arm), pair.probe_items, pair.task, spec=pair.spec)
+    """Table `probes` of every arm, with those of a network of random weights as the floor, and
+    `information_items` (see `information_table`)."""
+    items, task, spec = pair.probe_items, pair.task, pair.spec
+    found = {
+        arm: _probe(pair.probe_streams(arm), items, task, spec, with_baselines=True)
         for arm in pair.models
     }
-    random = pair.read(random_network(pair.models["before"], seed=pair.spec.seed), pair.probe_items)
-    floor = measure_probes(random, pair.probe_items, pair.task, spec=pair.spec)
+    random = pair.read(random_network(pair.models["before"], seed=spec.seed), items)
+    floor = measure_probes(random, items, task, spec=spec)
     floor = floor[floor["kind"] == "latent"].assign(kind="random_init")
-    tables = {arm: pd.concat([table, floor]) for arm, table in tables.items()}
-    return {"probes": pair.join(tables)}
+    tables = {arm: pd.concat([_table(result, task), floor]) for arm, result in found.items()}
+    information = {
+        arm: information_table(result, task, items.groups) for arm, result in found.items()
+    }
+    return {"probes": pair.join(tables), "information_items": pair.join(information)}
 
 
 def random_network(model: HookedModel, *, seed: int) -> HookedModel:

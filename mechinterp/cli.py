@@ -140,8 +140,8 @@ def compare(
 
     limit_threads(threads)
     from mechinterp.compare import compare as compare_checkpoints
-    from mechinterp.compare import in_words
     from mechinterp.spec import load_task
+    from mechinterp.verdict_words import in_words
 
     verdict = compare_checkpoints(
         before,

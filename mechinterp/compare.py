@@ -14,10 +14,21 @@ import pandas as pd
 
 from mechinterp import files
 from mechinterp.checkpoints.provenance import library_versions
+from mechinterp.disagreements import disagreements
 from mechinterp.errors import SpecError
 from mechinterp.spec import TaskSpec
 from mechinterp.steps import Step, remove_remains, write_step
-from mechinterp.verdict import MARGIN, SIDES, Side, Verdict, judge_side, minimum_detectable, word
+from mechinterp.verdict import (
+    INFORMATION_MARGIN,
+    MARGIN,
+    SIDES,
+    Components,
+    Verdict,
+    minimum_detectable,
+    word,
+)
+from mechinterp.verdict_parts import crossing_shares, information_lost, loss_change, rung_changes
+from mechinterp.verdict_words import paragraphs
 
 if TYPE_CHECKING:
     from analyses.ladder import Ladder
@@ -27,13 +38,14 @@ ANALYSES = (
     *("ladder", "calibration", "probes", "representation"),
     *("patching", "cross_checkpoint", "crossing", "grafts"),
 )
-COMPONENTS = ("threshold", "readout", "discarded", "not_encoded", "not_combined")
+COMPONENTS = ("threshold", "readout", "not_encoded", "not_combined", "total")
 EVIDENCE = {
-    "ladder": "tables/losses.parquet, figures/ladder",
-    "location": "tables/crossing.parquet, figures/crossing",
+    "ladder": "tables/ladder_items.parquet, tables/losses.parquet, figures/ladder",
+    "forgetting": "tables/information_items.parquet, figures/probes",
+    "location": "tables/crossing_items.parquet, tables/crossing.parquet, figures/crossing",
     "representation": "tables/probes.parquet, tables/representation.parquet, figures/probes, "
     "figures/representation",
-    "circuit": "tables/patching.parquet, figures/recovery",
+    "circuit": "tables/patching.parquet, tables/recovery_overlap.parquet, figures/recovery",
     "exchange": "tables/cross_checkpoint.parquet, figures/cross_checkpoint",
     "calibration": "tables/calibration_summary.parquet, figures/calibration",
 }
@@ -76,14 +88,14 @@ def compare(
         tables |= step.tables(out)
         seconds[name] = step.record(out)["seconds"]
     ladders = read_ladders(tables["ladder_items"])
-    verdict = judge(pair, ladders, costs=costs, margin=margin)
+    verdict = judge(pair, ladders, tables=tables, costs=costs, margin=margin)
     tables["contrasts"] = _contrasts(pair, ladders, margin)
     for name, table in sorted(tables.items()):
         files.write_table(out / "tables" / f"{name}.parquet", table)
     _say("figures, report")
     draw_all(out / "tables", out / "figures")
     files.write_json(out / "verdict.json", verdict.to_json())
-    files.write_json(out / "summary.json", [{"heading": "Verdict", "text": in_words(verdict)}])
+    files.write_json(out / "summary.json", paragraphs(verdict))
     manifest = {
         "command": command,
         "task": task.model_dump(mode="json"),
@@ -131,81 +143,72 @@ def judge(
     pair: Pair,
     ladders: Mapping[str, Mapping[str, Ladder]],
     *,
+    tables: Mapping[str, pd.DataFrame] | None = None,
     costs: str | None = None,
     margin: float = MARGIN,
 ) -> Verdict:
     """The verdict of `mechinterp.verdict` on a pair's ladders, in log score at `costs`.
 
-    They default to the task's own utility where it has one, else to symmetric costs.
+    They default to the task's own utility where it has one, else to symmetric costs. What stands
+    beside the ladder (forgetting, the crossing's shares, disagreements) is taken from `tables` as
+    far as they are there: `information_items`, `crossing_items`, `recovery_overlap`.
     """
+    tables = tables or {}
     costs = costs or ("task" if "task" in pair.costs else "symmetric")
     reference = "control" if "control" in ladders else "before"
-    sides = {
-        loss: side
-        for loss in (*SIDES, *COMPONENTS)
-        if (side := _change(pair, ladders, reference, costs, "log_score", loss, margin))
+    own, other = ladders["after"][costs], ladders[reference][costs]
+    groups = pair.items.groups
+    sides, in_utility = (
+        {
+            loss: side
+            for loss in losses
+            if (side := loss_change(own, other, loss, groups, margin=margin, currency=currency))
+        }
+        for currency, losses in (
+            ("log_score", (*SIDES, "discarded", *COMPONENTS)),
+            ("utility", SIDES),
+        )
+    )
+    information = {
+        needed: information_lost(tables["information_items"], reference=reference, needed=needed)
+        if "information_items" in tables
+        else {}
+        for needed in (True, False)
     }
-    learning, choosing = sides["learning"], sides["choosing"]
+    components = Components(
+        rungs=rung_changes(own, other, groups),
+        losses={loss: sides[loss] for loss in COMPONENTS if loss in sides},
+        crossing=crossing_shares(tables["crossing_items"], costs=costs, margin=margin)
+        if "crossing_items" in tables
+        else {},
+    )
+    found = word(sides["learning"], sides["choosing"])
     return Verdict(
-        verdict=word(learning, choosing),
-        learning=learning,
-        choosing=choosing,
-        components={loss: side for loss, side in sides.items() if loss not in SIDES},
+        verdict=found,
+        learning=sides["learning"],
+        choosing=sides["choosing"],
+        discarded=sides["discarded"],
+        forgetting=information[False],
+        components=components,
         minimum_detectable={loss: minimum_detectable(sides[loss], margin) for loss in SIDES},
         evidence=EVIDENCE,
+        disagreements=disagreements(
+            found,
+            sides,
+            components,
+            in_utility=in_utility,
+            needed_information=information[True],
+            recovery_overlap=tables.get("recovery_overlap"),
+            reference=reference,
+            margin=margin,
+        ),
         reference=reference,
         costs=costs,
+        currency="log_score",
         margin=margin,
+        information_margin=INFORMATION_MARGIN,
         n_items=len(pair.items),
     )
-
-
-def in_words(verdict: Verdict) -> str:
-    """The verdict as a paragraph."""
-    what = {
-        "none": "Neither learning nor choosing was damaged.",
-        "learning": "Learning was damaged: what the network makes readable for the decision.",
-        "choosing": "Choosing was damaged: what the network does with what it makes readable.",
-        "both": "Both learning and choosing were damaged.",
-        "inconclusive": "The run cannot tell.",
-    }[verdict.verdict]
-    sides = [
-        f"The {name} loss changed by {100 * side.delta:+.1f} points "
-        f"(95% interval {100 * side.ci[0]:+.1f} to {100 * side.ci[1]:+.1f}): {side.state}."
-        for name, side in zip(SIDES, (verdict.learning, verdict.choosing), strict=True)
-    ]
-    parts = [
-        f"{name.replace('_', ' ')} {100 * side.delta:+.1f}"
-        for name, side in verdict.components.items()
-    ]
-    discarded = verdict.components.get("discarded")
-    note = ""
-    if discarded and discarded.state == "damaged":
-        note = " Something readable in earlier layers is discarded before the last."
-    return (
-        f"{what} {' '.join(sides)} By parts: {', '.join(parts)}.{note} Points are hundredths of "
-        f"(oracle - best constant), in log score at {verdict.costs} costs, against the "
-        f"{verdict.reference} network as it is, not adjusted to these costs; more is worse, and a "
-        f"rise of up to {100 * verdict.margin:.0f} is no damage."
-    )
-
-
-def _change(
-    pair: Pair,
-    ladders: Mapping[str, Mapping[str, Ladder]],
-    reference: str,
-    costs: str,
-    currency: str,
-    loss: str,
-    margin: float,
-    arm: str = "after",
-) -> Side | None:
-    """How much more `arm` loses than `reference`, item by item; None where it was not measured."""
-    own = ladders[arm][costs].loss(currency, loss)
-    other = ladders[reference][costs].loss(currency, loss)
-    if own is None or other is None:
-        return None
-    return judge_side(own - other, pair.items.groups, margin=margin)
 
 
 def _contrasts(
@@ -222,8 +225,13 @@ def _contrasts(
             for costs in pair.costs:
                 for currency in CURRENCIES:
                     for loss in LOSSES:
-                        side = _change(
-                            pair, ladders, reference, costs, currency, loss, margin, arm=arm
+                        side = loss_change(
+                            ladders[arm][costs],
+                            ladders[reference][costs],
+                            loss,
+                            pair.items.groups,
+                            margin=margin,
+                            currency=currency,
                         )
                         if side is None:
                             continue

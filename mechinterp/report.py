@@ -40,7 +40,7 @@ def write_report(
     verdict.json and summary.json: paragraphs {"heading", "text"}, which `summary` overrides.
     Raises AnalysisError where there is no manifest.
     """
-    from mechinterp import report_tables
+    from mechinterp import report_tables, report_verdicts
 
     out = Path(out_dir)
     if not (out / "manifest.json").is_file():
@@ -53,7 +53,7 @@ def write_report(
     page = _template().render(
         title=title,
         summary=summary or [],
-        verdict=report_tables.verdict_view(verdict) if verdict else None,
+        verdict=report_verdicts.verdict_view(verdict) if verdict else None,
         competence=report_tables.competence_table(tables),
         figures=collect_figures(out / "figures"),
         tables=report_tables.detail_tables(tables),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -20,30 +18,16 @@ from figures.tables import (
     where,
     without_starts,
 )
+from mechinterp.report_cells import LOSSES, ReportTable, number, p_value, plain, points, title
 
 Tables = Mapping[str, pd.DataFrame]
 CELL = ["task", "regime", "costs", "arm"]
 CELL_TITLES = ("Task", "Regime", "Costs", "Arm")
-LOSSES = (
-    *("learning", "not_encoded", "not_combined", "discarded"),
-    *("choosing", "threshold", "readout", "total"),
-)
 REFERENCES = {
     "control": "the control",
     "ex_post": "the control, adjusted ex post to the same costs",
     "before": "the checkpoint before",
 }
-
-
-@dataclass(frozen=True)
-class ReportTable:
-    """Formatted cells; the first `n_labels` columns are words, the others numbers."""
-
-    title: str
-    note: str
-    columns: list[str]
-    rows: list[list[str]]
-    n_labels: int
 
 
 def detail_tables(tables: Tables) -> list[ReportTable]:
@@ -74,9 +58,9 @@ def contrast_tables(tables: Tables) -> list[ReportTable]:
             rows = [by_cell.get((*cell, loss)) for loss in losses]
             sides = [row or {} for row in rows[:2]]
             states = [str(side.get("state", "–")) for side in sides]
-            p = [_p_value(side.get("p")) for side in sides]
+            p = [p_value(side.get("p")) for side in sides]
             seeds = str(max(row["n_seeds"] for row in rows if row))
-            shown = [_points(row, signed=True) for row in rows]
+            shown = [points(row, signed=True) for row in rows]
             lines.append([*_labels(*cell), *shown, *states, *p, seeds])
         table = ReportTable(
             title=f"Changes of the losses against {name}",
@@ -86,7 +70,7 @@ def contrast_tables(tables: Tables) -> list[ReportTable]:
             "seeds an exact sign-flip test, which with n seeds cannot fall below 2 / 2^n; for a "
             "single pair a t test over groups of items.",
             columns=[
-                *(*CELL_TITLES, *(_title(loss) for loss in losses)),
+                *(*CELL_TITLES, *(title(loss) for loss in losses)),
                 *("Learning is", "Choosing is", "p, learning", "p, choosing", "Seeds"),
             ],
             rows=lines,
@@ -105,7 +89,7 @@ def losses_table(tables: Tables, currency: str) -> ReportTable | None:
     losses = [loss for loss in LOSSES if loss in set(ends["loss"])]
     means = _by_key(over_seeds(ends, [*CELL, "loss"]), [*CELL, "loss"])
     lines = [
-        [*_labels(*cell), *(_points(means.get((*cell, loss))) for loss in losses)]
+        [*_labels(*cell), *(points(means.get((*cell, loss))) for loss in losses)]
         for cell in _cells(ends)
     ]
     name = {"log_score": "expected log score"}.get(currency, currency)
@@ -114,7 +98,7 @@ def losses_table(tables: Tables, currency: str) -> ReportTable | None:
         note="Hundredths of (oracle − best constant action) with 95% intervals. Learning = not "
         "encoded + not combined; choosing = threshold + readout; total = learning + discarded + "
         "choosing. Where the oracle is not known learning is counted from a bound.",
-        columns=[*CELL_TITLES, *(_title(loss) for loss in losses)],
+        columns=[*CELL_TITLES, *(title(loss) for loss in losses)],
         rows=lines,
         n_labels=4,
     )
@@ -133,7 +117,7 @@ def probe_tables(tables: Tables) -> list[ReportTable]:
         lines = [
             [
                 *(regime_label(regime), arm_label(arm)),
-                *(_plain(means.get((regime, arm, latent))) for latent in needed.index),
+                *(plain(means.get((regime, arm, latent))) for latent in needed.index),
             ]
             for _, regime in settings_in(rows)
             for arm in arms_in(where(rows, regime=regime))
@@ -173,7 +157,7 @@ def crossing_table(tables: Tables) -> ReportTable | None:
             rows = where(crossing, **dict(zip(keys, (*cell, readout), strict=True)))
             cuts = ", ".join(str(cut) for cut in sorted(rows["cut"].unique()))
             valid = f"{int(rows['shares_valid'].sum())} of {len(rows)}"
-            shares = [_points(mean.get((*cell, readout)), signed=True) for mean in means.values()]
+            shares = [points(mean.get((*cell, readout)), signed=True) for mean in means.values()]
             lines.append([*_labels(*cell), readout, *shares, cuts, valid])
     return ReportTable(
         title="The crossing at the verdict's cut",
@@ -205,7 +189,7 @@ def calibration_table(tables: Tables) -> ReportTable | None:
         "with 95% intervals over seeds. ECE by chance: what a calibrated report would score.",
         columns=[*CELL_TITLES, *(titles[name] for name in means)],
         rows=[
-            [*_labels(*cell), *(_plain(mean.get(cell)) for mean in means.values())]
+            [*_labels(*cell), *(plain(mean.get(cell)) for mean in means.values())]
             for cell in _cells(summary)
         ],
         n_labels=4,
@@ -225,8 +209,8 @@ def competence_table(tables: Tables) -> ReportTable | None:
                 str(task).replace("_", " "),
                 regime_label(str(regime)),
                 str(rows["reference"].iloc[0]).replace("_", " "),
-                _number(low) if n == 1 else f"{_number(low)} to {_number(high)}",
-                _number(rows["threshold"].mean()),
+                number(low) if n == 1 else f"{number(low)} to {number(high)}",
+                number(rows["threshold"].mean()),
                 f"{good} of {n}" + ("" if good == n else ": void"),
             ]
         )
@@ -239,43 +223,6 @@ def competence_table(tables: Tables) -> ReportTable | None:
         rows=lines,
         n_labels=3,
     )
-
-
-def verdict_view(verdict: Mapping[str, Any]) -> dict[str, Any]:
-    """The word, a table of the sides and parts, and what else the verdict states."""
-    stated = {**verdict, **verdict.get("components", {})}
-    sides = {loss: stated[loss] for loss in LOSSES if loss in stated}
-    least = verdict.get("minimum_detectable", {})
-    rows = [
-        [
-            _title(name),
-            str(side["state"]),
-            _points(
-                {"mean": side["delta"], "low": side["ci"][0], "high": side["ci"][1]}, signed=True
-            ),
-            _p_value(side.get("p")),
-            f"{100 * least[name]:.1f}" if name in least else "–",
-        ]
-        for name, side in sides.items()
-    ]
-    facts = {
-        key.replace("_", " "): value
-        for key, value in verdict.items()
-        if isinstance(value, str | int | float) and key != "verdict"
-    }
-    return {
-        "word": verdict.get("verdict", ""),
-        "facts": facts,
-        "table": ReportTable(
-            title="The sides and parts of the verdict",
-            note="Increase of the loss in hundredths of (oracle − best constant action); "
-            "positive is worse. Least detectable: the smallest increase that would have been "
-            "called damage.",
-            columns=["Loss", "State", "Increase", "p", "Least detectable"],
-            rows=rows,
-            n_labels=2,
-        ),
-    }
 
 
 def _cells(table: pd.DataFrame) -> list[tuple[str, str, str, str]]:
@@ -295,38 +242,3 @@ def _by_key(table: pd.DataFrame, keys: list[str]) -> dict[tuple, dict[str, Any]]
 
 def _labels(task: str, regime: str, costs: str, arm: str) -> list[str]:
     return [task.replace("_", " "), regime_label(regime), costs_label(costs), arm_label(arm)]
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ").capitalize()
-
-
-def _points(row: Mapping[Any, Any] | None, *, signed: bool = False) -> str:
-    """Mean and interval in hundredths: "+12.3 [+10.1, +14.5]"."""
-    if not row or math.isnan(row["mean"]):
-        return "–"
-    form = "{:+z.1f}" if signed else "{:z.1f}"
-    return _with_interval(*(form.format(100 * row[key]) for key in ("mean", "low", "high")))
-
-
-def _plain(row: Mapping[Any, Any] | None) -> str:
-    """Mean and interval to three decimals."""
-    if not row or math.isnan(row["mean"]):
-        return "–"
-    return _with_interval(*(f"{row[key]:.3f}" for key in ("mean", "low", "high")))
-
-
-def _with_interval(mean: str, low: str, high: str) -> str:
-    # The no-break space keeps the interval on one line where the cell is narrow.
-    text = mean if "nan" in low + high else f"{mean} [{low},\u00a0{high}]"
-    return text.replace("-", "−")
-
-
-def _p_value(p: Any) -> str:
-    if p is None or math.isnan(p):
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−")

@@ -11,15 +11,26 @@ control where one is given, else the before network. With margin m and the 95% i
 
 The word lists the damaged sides. "none" needs both sides intact or improved; anything else is
 "inconclusive". *Discarded* (readable earlier, gone later) and *forgetting* (a latent that the
-decision does not need) are states of their own, never damage. Intervals are over items: they speak
-of these two networks, not of the objective that made them, which takes seeds.
+decision does not need) are states of their own, by the same rule, and never damage. Intervals are
+over items: they speak of these two networks, not of the objective that made them, which takes seeds
+(`mechinterp.arm_verdicts`).
+
+Two sides, one word: why nothing is adjusted for that here. "Damaged" uses one end of a 95%
+interval, hence 2.5% per side, so that by Bonferroni a word names a side that is not damaged in at
+most 5% of pairs. "None" claims both sides at once: an intersection-union test (Berger 1982), at 5%
+when each of its parts is. Holm's procedure would test the second side at 5% where the first is
+damaged; a state would then no longer follow from the interval printed beside it, and would depend
+on the other side. `p` is of no change at all and decides nothing.
+
+docs/verdict.md has the reasons for the rule and the fields of verdict.json, whose schema is
+docs/verdict.schema.json: `python -m mechinterp.verdict > docs/verdict.schema.json`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -27,35 +38,88 @@ from torch import Tensor
 
 from mechinterp.statistics import Interval, bootstrap_t_interval, t_interval, t_test
 
-MARGIN = 0.05
+MARGIN = 0.05  # of (oracle - best constant)
+INFORMATION_MARGIN = 0.02  # bits, of a latent's information
 SIDES = ("learning", "choosing")
 MANY_GROUPS = 2_000
 
+State = Literal["damaged", "improved", "intact", "inconclusive"]
+Word = Literal["none", "learning", "choosing", "both", "inconclusive"]
+
+
+class _Closed:
+    """A record of verdict.json: no keys but its own."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
 
 @dataclass(frozen=True)
-class Side:
-    """One side of the verdict: `delta` with its 95% interval, and what follows from it."""
+class Side(_Closed):
+    """`delta`, an increase of a loss, with its 95% interval, and what follows from it."""
 
     delta: float
     ci: tuple[float, float]
     p: float
-    state: str
+    state: State
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """`components` holds a Side for every part of the ladder; `minimum_detectable` is the smallest
-    delta that would have been called damage, per side."""
+class Change(_Closed):
+    """`delta` with its 95% interval, and the p-value of no change."""
 
-    verdict: str
+    delta: float
+    ci: tuple[float, float]
+    p: float
+
+
+@dataclass(frozen=True)
+class CrossingShares(_Closed):
+    """Where the `change` of one readout's value from before to after sits: before or behind `cut`.
+
+    The shares are None where the interaction leaves them without meaning.
+    """
+
+    cut: int
+    change: Change
+    phi_front: Change | None
+    phi_back: Change | None
+    interaction: Change
+
+
+@dataclass(frozen=True)
+class Components(_Closed):
+    """`rungs`: changes of each rung's value, more is better. `losses`: increases of each loss, more
+    is worse. `crossing`, by readout: always of after against before."""
+
+    rungs: Mapping[str, Change]
+    losses: Mapping[str, Side]
+    crossing: Mapping[str, CrossingShares] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict(_Closed):
+    """What verdict.json holds, in units of (oracle - best constant).
+
+    `forgetting` has a Side per latent that the decision does not need, in bits of information lost
+    at the best layer. `minimum_detectable` is the smallest increase of each side that would have
+    been called damage, `evidence` says which tables and figures stand behind what, and
+    `disagreements` where evidence beside the ladder excludes what the ladder says.
+    """
+
+    verdict: Word
     learning: Side
     choosing: Side
-    components: Mapping[str, Side]
+    discarded: Side
+    forgetting: Mapping[str, Side]
+    components: Components
     minimum_detectable: Mapping[str, float]
     evidence: Mapping[str, str]
-    reference: str
+    disagreements: tuple[str, ...]
+    reference: Literal["before", "control"]
     costs: str
+    currency: Literal["log_score"]
     margin: float
+    information_margin: float
     n_items: int
 
     def to_json(self) -> dict[str, Any]:
@@ -79,19 +143,22 @@ def judge_side(
     )
 
 
-def word(learning: Side, choosing: Side) -> str:
+def change_of(delta: Float[Tensor, " items"], groups: Int[Tensor, " items"]) -> Change:
+    """The mean of per-item changes; items of a group go together."""
+    wide = _interval(delta, groups, level=0.95)
+    return Change(wide.mean, (float(wide.low), float(wide.high)), _p_value(delta, groups))
+
+
+def word(learning: Side, choosing: Side) -> Word:
     """The verdict in one word, from the two sides."""
-    damaged = [
-        name
-        for name, side in zip(SIDES, (learning, choosing), strict=True)
-        if side.state == "damaged"
-    ]
-    if len(damaged) == 2:
+    states = (learning.state, choosing.state)
+    if states == ("damaged", "damaged"):
         return "both"
-    if damaged:
-        return damaged[0]
-    unhurt = all(side.state in ("intact", "improved") for side in (learning, choosing))
-    return "none" if unhurt else "inconclusive"
+    if learning.state == "damaged":
+        return "learning"
+    if choosing.state == "damaged":
+        return "choosing"
+    return "none" if set(states) <= {"intact", "improved"} else "inconclusive"
 
 
 def minimum_detectable(side: Side, margin: float) -> float:
@@ -99,7 +166,7 @@ def minimum_detectable(side: Side, margin: float) -> float:
     return margin + (side.delta - side.ci[0])
 
 
-def state_of(wide: tuple[float, float], narrow: tuple[float, float], margin: float) -> str:
+def state_of(wide: tuple[float, float], narrow: tuple[float, float], margin: float) -> State:
     """The state that a 95% and a 90% interval of an increase allow."""
     if wide[0] > margin:
         return "damaged"
@@ -108,6 +175,16 @@ def state_of(wide: tuple[float, float], narrow: tuple[float, float], margin: flo
     if -margin < narrow[0] and narrow[1] < margin:
         return "intact"
     return "inconclusive"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of verdict.json."""
+    from pydantic import TypeAdapter
+
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **TypeAdapter(Verdict).json_schema(),
+    }
 
 
 def _interval(delta: Tensor, groups: Tensor, *, level: float) -> Interval:
@@ -127,3 +204,9 @@ def _group_means(delta: Tensor, groups: Tensor) -> Float[Tensor, " groups"]:
     index = torch.unique(groups, return_inverse=True)[1]
     total = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
     return total.index_add(0, index, delta.double()) / torch.bincount(index)
+
+
+if __name__ == "__main__":
+    import json
+
+    print(json.dumps(schema(), indent=2, sort_keys=True))

@@ -56,6 +56,16 @@ class ProbeResult:
         log_p = self.log_probabilities[latent][self.layers.index(layer)]
         return pointwise_information(log_p, self.labels[latent], self.folds)
 
+    def best_information(self, latent: str) -> Float[Tensor, " items"]:
+        """The same at the best layer, which for each fold is the one that is best on the others: no
+        item has a say in the layer that it is read at."""
+        gains = torch.stack([self.information(latent, layer) for layer in self.layers])
+        best = torch.empty_like(gains[0])
+        for fold in self.folds.unique():
+            here = self.folds == fold
+            best[here] = gains[gains[:, ~here].mean(1).argmax(), here]
+        return best
+
 
 def probe_latents(
     activations: Mapping[int, Float[Tensor, "items d_model"]],

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pydantic import TypeAdapter
 from tiny_study import ANALYSIS, write_spec
 
 from mechinterp import tasks
@@ -18,6 +19,7 @@ from mechinterp.cli import main
 from mechinterp.files import read_json, read_table
 from mechinterp.training.config import ModelConfig
 from mechinterp.training.organism import initial_model
+from mechinterp.verdict import Verdict
 
 COMMAND = str(Path(sys.executable).parent / "mechinterp")
 TASK = {"linear": [1.5], "xor": [2.0], "n_fillers": 1}
@@ -127,6 +129,7 @@ def test_compare_leaves_verdict_tables_figures_and_report(capsys, pair, tmp_path
     out = tmp_path / "out"
     status, printed, _ = run(capsys, *arguments, "--task", pair / "task.yaml", "--out", out)
     assert status == 0
+    TypeAdapter(Verdict).validate_json((out / "verdict.json").read_bytes(), strict=True)
     verdict = read_json(out / "verdict.json")
     assert verdict["verdict"] in ("none", "learning", "choosing", "both", "inconclusive")
     assert f"verdict: {verdict['verdict']}" in printed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from analyses import crossing
 from analyses.crossing import measure_crossing
+from analyses.pair import Pair
 from analyses.streams import task_costs
 from mechinterp import lesions, tasks
 from mechinterp.hooked import HookedModel, load
@@ -72,3 +74,22 @@ def test_the_identity_rows_do_not_depend_on_the_stitched_ones():
     assert set(both["stitch"]) == {"identity", "ridge"}
     kept = rows(both, stitch="identity").reset_index(drop=True)
     assert kept.equals(alone)
+
+
+def test_items_at_the_verdicts_cut_average_to_its_rows(monkeypatch):
+    task = tasks.get("triage", linear=(3.0,), n_fillers=1)
+    shape = ModelConfig(n_layers=2, d_model=16, n_heads=2, n_kv_heads=2, d_mlp=16)
+    models = {
+        arm: HookedModel.from_model(initial_model(shape, task, seed=seed))
+        for seed, arm in enumerate(("before", "after"))
+    }
+    spec = SPEC.model_copy(update={"crossing_items": 120, "stitch_items": 60})
+    monkeypatch.setattr(crossing, "find_verdict_cut", lambda *_, **__: 1)
+    tables = crossing.pair_tables(Pair(models, task, spec, task_costs(task)))
+    cell, hybrids = ["costs", "currency", "readout", "cut"], ["u_aa", "u_ab", "u_ba", "u_bb"]
+    own = rows(tables["crossing"], stitch="identity", cut=1).set_index(cell)[hybrids]
+    means = tables["crossing_items"].groupby(cell)[hybrids].mean()
+    assert len(own) == 6
+    assert (means.reindex(own.index) - own).abs().max().max() < 1e-12
+    monkeypatch.setattr(crossing, "find_verdict_cut", lambda *_, **__: None)
+    assert set(crossing.pair_tables(Pair(models, task, spec, task_costs(task)))) == {"crossing"}

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 from table_factory import pair_tables, study_tables, write_tables
 
 from figures import draw_all
@@ -13,6 +15,7 @@ from mechinterp import report_tables
 from mechinterp.errors import AnalysisError
 from mechinterp.files import write_json
 from mechinterp.report import write_report
+from mechinterp.verdict import Verdict
 
 MANIFEST = {
     "study": "main",
@@ -26,16 +29,31 @@ MANIFEST = {
 }
 DAMAGED = {"delta": 0.193, "ci": [0.16, 0.22], "p": 1e-5, "state": "damaged"}
 INTACT = {"delta": -0.0004, "ci": [-0.025, 0.03], "p": 0.6, "state": "intact"}
+CHANGE = {"delta": -0.191, "ci": [-0.23, -0.15], "p": 1e-5}
 VERDICT = {
     "verdict": "learning",
     "learning": DAMAGED,
     "choosing": INTACT,
-    "components": {"threshold": INTACT, "not_encoded": DAMAGED},
+    "discarded": INTACT,
+    "forgetting": {"e": {"delta": 0.304, "ci": [0.28, 0.33], "p": 1e-5, "state": "damaged"}},
+    "components": {
+        "rungs": {"raw": CHANGE, "oracle": {"delta": 0.0, "ci": [0.0, 0.0], "p": 1.0}},
+        "losses": {"threshold": INTACT, "not_encoded": DAMAGED},
+        "crossing": {
+            "raw": {
+                **{"cut": 2, "change": CHANGE, "interaction": CHANGE},
+                **{"phi_front": CHANGE, "phi_back": None},
+            }
+        },
+    },
     "minimum_detectable": {"learning": 0.083, "choosing": 0.07},
     "evidence": {"ladder": "tables/losses.parquet"},
+    "disagreements": ["Learning is damaged, yet."],
     "reference": "before",
     "costs": "task",
+    "currency": "log_score",
     "margin": 0.05,
+    "information_margin": 0.02,
     "n_items": 15000,
 }
 SUMMARY = [{"heading": "Weights < 2", "text": "Learning & choosing: 3 < 4."}]
@@ -139,7 +157,16 @@ def test_report_of_a_pair(tmp_path):
     assert row in page.text.replace("\u00a0", " ")
     assert "Choosing intact +0.0 [−2.5, +3.0] 0.600 7.0" in page.text
     assert "n items 15000" in page.text
+    text = page.text.replace("\u00a0", " ")
+    assert "Raw −19.1 [−23.0, −15.0] < 0.001" in text
+    assert "e forgotten +0.304 [+0.280, +0.330] < 0.001" in text
+    assert "Raw 2 −19.1 [−23.0, −15.0] −19.1 [−23.0, −15.0] – −19.1 [−23.0, −15.0]" in text
     assert "Figures" not in page.text
+
+
+def test_the_report_of_a_pair_is_of_a_verdict_that_there_can_be():
+    text = json.dumps(VERDICT)
+    assert TypeAdapter(Verdict).validate_json(text, strict=True).to_json()["verdict"] == "learning"
 
 
 def test_report_of_the_least_run(tmp_path):

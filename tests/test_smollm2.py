@@ -161,4 +161,4 @@ def test_shifted_action_logits_are_named_choosing(checkpoint, tmp_path):
     verdict = judge(pair, pair_ladders(pair))
     assert verdict.verdict == "choosing"
     assert verdict.learning.state == "intact"
-    assert verdict.components["threshold"].state == "damaged"
+    assert verdict.components.losses["threshold"].state == "damaged"

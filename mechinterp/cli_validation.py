@@ -42,7 +42,8 @@ def lesion(
         parent_hash=opened.content_hash,
         extra={"lesion": dose},
     )
-    saved = save_checkpoint(model, out, provenance=provenance)
+    tokenizer = opened if opened.has_tokenizer else None
+    saved = save_checkpoint(model, out, provenance=provenance, tokenizer=tokenizer)
     print(f"{saved.path}\ndamages: {side_of(doses)}")
 
 

@@ -29,6 +29,8 @@ NAMES = (
     "probe_positions",
     "erasure",
     "use",
+    "separability",
+    "repair",
     "representation",
     "recovery",
     "cross_checkpoint",

@@ -64,6 +64,19 @@ def erase(
 
 
 @app.command()
+def separate(
+    before: Checkpoint,
+    task: Task,
+    out: Out,
+    after: After = None,
+    control: Control = None,
+    threads: Threads = 1,
+) -> None:
+    """Prune what carries the decision, and what carries the latents: what does the other lose?"""
+    _analyse("separability", "separability", before, after, control, task, out, threads)
+
+
+@app.command()
 def steer(
     before: Checkpoint,
     task: Task,
@@ -76,6 +89,19 @@ def steer(
     """Steer along each latent's direction: is what is decodable at a layer used there?"""
     options = {"positions": positions}
     _analyse("use", "use", before, after, control, task, out, threads, options=options)
+
+
+@app.command()
+def repair(
+    before: Checkpoint,
+    after: Annotated[Path, typer.Argument(help="Checkpoint directory to repair.")],
+    task: Task,
+    out: Out,
+    control: Control = None,
+    threads: Threads = 1,
+) -> None:
+    """Train adapters on few items: where, how fast, by what rank is what was lost regained?"""
+    _analyse("repair", "repair", before, after, control, task, out, threads)
 
 
 @app.command()

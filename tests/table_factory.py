@@ -29,6 +29,9 @@ CURRENCIES = ("utility", "log_score")
 CELL = ["task", "regime", "costs", "currency", "loss"]
 
 
+_REPAIRED = list(itertools.product(("log_score", "utility"), ("raw", "bias")))
+
+
 def study_tables(
     *,
     tasks: tuple[str, ...] = ("triage", "digits"),
@@ -70,8 +73,12 @@ def study_tables(
         "probes": (trained, _probes, (n_layers, latents, unneeded)),
         "probe_positions": (shown, _probe_positions, (n_layers, latents, unneeded, roles)),
         "erasure": (shown, _erasure, (n_layers, latents, unneeded)),
+        "separability": (shown, _separability, ()),
+        "separability_index": (shown, _separability_index, ()),
         "use": (shown, _use, (n_layers, latents, unneeded)),
         "use_slopes": (shown, _use_slopes, (n_layers, latents, unneeded)),
+        "repair": (shown, _repair, (n_layers,)),
+        "reverse": (shown, _reverse, ()),
         "patching": (ends, _patching, (n_layers, n_heads, latents, patched_roles)),
         "cross_checkpoint": (moved, _cross_checkpoint, (n_layers, roles)),
         "crossing": (moved, _crossing, (n_layers,)),
@@ -425,6 +432,43 @@ def _erasure(task, regime, arm, seed, step, n_layers, latents, unneeded):
         }
 
 
+def _repair(task, regime, arm, seed, step, n_layers):
+    adapters = itertools.product(
+        ("adapters",), ("early", "late", "all"), ("attention", "mlp", "both"), (1, 4, 16), (256,)
+    )
+    weights = [("weights", "all", "all", np.nan, 256)]
+    refits = itertools.product(
+        ("refit",), ("unembedding",), ("crt", "lws", "tau_norm", "dfr"), (np.nan,), (256, 6000)
+    )
+    ways = [*adapters, *weights, *refits]
+    for (kind, layers, part, rank, n_items), measure in itertools.product(ways, _REPAIRED):
+        for steps in (0, 2, 8, 32) if kind != "refit" else (0,):
+            share = 0.6 if kind == "refit" else (1 - np.exp(-steps / 8)) * 0.9
+            share *= 0.5 if layers == "early" else 1
+            share += _noise("repair", layers, part, rank, n_items, steps, *measure)
+            yield {
+                **_key(task, regime, arm, seed, step),
+                "boundary": max(1, n_layers - 1),
+                **{"kind": kind, "layers": layers, "part": part, "rank": rank},
+                **{"n_items": n_items, "steps": steps},
+                **dict(zip(("currency", "readout"), measure, strict=True)),
+                **{"share": share, "low": share - 0.1, "high": share + 0.1, "n_draws": 4},
+            }
+
+
+def _reverse(task, regime, arm, seed, step):
+    for start, steps, measure in itertools.product(
+        ("after", "scratch"), (0, 1, 4, 16, 64, 256), _REPAIRED
+    ):
+        level = 1 - (1 if start == "scratch" else 0.4) * np.exp(-steps / 60)
+        yield {
+            **_key(task, regime, arm, seed, step),
+            **{"start": start, "steps": steps},
+            **dict(zip(("currency", "readout"), measure, strict=True)),
+            **{"level": level, "low": level - 0.05, "high": level + 0.05},
+        }
+
+
 def _directions(n_layers, latents, unneeded):
     for layer, latent, kind in itertools.product(
         range(1, n_layers + 1), (*latents, *unneeded), ("logistic", "mean_difference")
@@ -432,6 +476,45 @@ def _directions(n_layers, latents, unneeded):
         needed = latent in latents
         where = {"layer": layer, "latent": latent, "needed": needed, "value": 1, "kind": kind}
         yield where, 0.4 * layer * needed * (0.1 if kind == "logistic" else 1)
+
+
+def _separability(task, regime, arm, seed, step):
+    own = {"decision": ("decision", "log_score_refit"), "latents": ("latents", "information")}
+    for ablation, (target, draw), (outcome, measure), share in itertools.product(
+        ("mean", "resample"),
+        (("decision", 0), ("latents", 0), ("random", 0), ("random", 1)),
+        own.values(),
+        (0.01, 0.05, 0.2, 0.5, 1.0),
+    ):
+        power = {"random": 1.0, outcome: 0.3}.get(target, 0.6) - 0.1 * (arm != "symmetric")
+        lost = share**power + _noise("pruned", arm, seed, ablation, target, draw, outcome, share)
+        yield {
+            **_key(task, regime, arm, seed, step),
+            "ablation": ablation,
+            "target": target,
+            "draw": draw,
+            "share": share,
+            "outcome": outcome,
+            "measure": measure,
+            "lost": lost,
+            "low": lost - 0.03,
+            "high": lost + 0.03,
+        }
+
+
+def _separability_index(task, regime, arm, seed, step):
+    for ablation, (index, value) in itertools.product(
+        ("mean", "resample"), {"both": 0.4, "decision": 0.6, "latents": 0.2}.items()
+    ):
+        value += _noise("separability", arm, seed, ablation, index)
+        yield {
+            **_key(task, regime, arm, seed, step),
+            "ablation": ablation,
+            "index": index,
+            "value": value,
+            "low": value - 0.1,
+            "high": value + 0.1,
+        }
 
 
 def _use(task, regime, arm, seed, step, n_layers, latents, unneeded):

@@ -401,6 +401,53 @@ def test_erasure_draws_the_loss_of_each_arm_beside_its_controls(pair):
         assert any(line == pytest.approx(expected) for line in drawn if len(line) == len(expected))
 
 
+def test_repair_draws_shares_by_steps_rank_and_place(pair):
+    rows = pair["repair"].query("arm == 'after' and currency == 'utility' and readout == 'raw'")
+    figure = draw("repair", pair)
+    by_steps, by_rank, by_place, _ = figure.axes[8:12]
+    adapters = rows.query("kind == 'adapters' and layers == 'late'")
+    for ax, chosen, by in (
+        (by_steps, adapters.query("rank == 4 and part == 'both'"), "steps"),
+        (by_rank, adapters.query("steps == 32 and part == 'both'"), "rank"),
+    ):
+        expected = 100 * chosen.sort_values(by)["share"].to_numpy()
+        drawn = [np.asarray(line.get_ydata(), float) for line in ax.lines]
+        assert any(len(line) == len(expected) and np.allclose(line, expected) for line in drawn)
+    names = [label.get_text() for label in by_place.get_yticklabels()]
+    many = rows.query("part == 'dfr' and n_items == 6000")["share"].item()
+    at = [
+        round(float(y))
+        for line in by_place.lines
+        for x, y in zip(*line.get_data(), strict=True)
+        if x == pytest.approx(100 * many)
+    ]
+    assert names[at[0]] == "DFR"
+
+
+def test_repair_of_what_lost_nothing_is_not_drawn(pair):
+    nothing = pair["repair"].assign(share=np.nan, low=np.nan, high=np.nan)
+    with pytest.raises(AnalysisError, match="lost nothing"):
+        draw("repair", {"repair": nothing})
+
+
+def test_separability_draws_what_either_target_costs(pair):
+    figure = draw("separability", pair)
+    lost = pair["separability"].query("ablation == 'resample'")
+    panels = figure.axes[5:10]
+    pruned = [("decision", "decision"), ("decision", "latents"), ("latents", "latents")]
+    for ax, (target, outcome) in zip(panels, pruned, strict=False):
+        drawn = [np.asarray(line.get_ydata(), float).tolist() for line in ax.lines]
+        panel = lost.query("outcome == @outcome")
+        for _, own in panel.groupby("arm"):
+            expected = own.query("target == @target")["lost"].tolist()
+            random = own.query("target == 'random'").groupby("share")["lost"].mean().tolist()
+            assert any(line == pytest.approx(expected) for line in drawn)
+            assert any(line == pytest.approx(random) for line in drawn)
+    index = pair["separability_index"].query("ablation == 'resample' and index == 'both'")
+    points = [c.lines[0].get_ydata()[-1] for c in panels[-1].containers]
+    assert sorted(points) == pytest.approx(sorted(index["value"]))
+
+
 def test_use_puts_decodability_beside_slopes_and_responses(pair):
     figure = draw("use", pair)
     left, middle, right = figure.axes[3 * 2 : 3 * 3]  # latent c
@@ -832,6 +879,8 @@ def test_files_are_named_after_figure_and_task(drawn):
         *("claims", *(f"claims_{name}" for name in CLAIMS)),
         *("dissociation", "ladder", "trajectories", "gradients"),
         *("probes", "probes_triage", "probe_positions_triage", "erasure_triage", "use_triage"),
+        "separability_triage",
+        "repair_triage",
         *("representation_triage", "recovery_triage"),
         *("cross_checkpoint", "crossing_triage", "crossing_triage_stitched"),
         *("grafts", "circuits", "calibration", "incentives"),

@@ -1,0 +1,427 @@
+"""How cheaply is what AFTER lost regained? Adapters by place, rank and steps; reverse fine-tuning;
+refits.
+
+A network is repaired by the symmetric loss on few items, in several draws of them: low-rank
+adapters in early or late layers, in attention or MLP; all weights; the last layer alone, refitted
+without a step. What is regained counts as a share of what was lost. Beside it, all weights trained
+on fresh items, from AFTER and from a fresh initialisation (Jain et al. 2023, arXiv:2311.12786):
+damage that leaves what was learnt in place takes fewer steps than learning it takes.
+
+The loss that repairs is symmetric, and so are the costs at which it is valued. The readout "raw" is
+the decision as it is, "bias" the same after the best bias, to which a threshold is no loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.crossing import find_verdict_cut
+from analyses.ladder import CURRENCIES
+from analyses.pair import Pair, run_script
+from analyses.refits import LastLayer
+from analyses.streams import action_shift, read_streams
+from mechinterp import decisions
+from mechinterp.arms import Refit
+from mechinterp.hooked import HookedModel
+from mechinterp.progress import progress_bar
+from mechinterp.randomness import derive_generator, derive_seed
+from mechinterp.repair import FEW_STEPS, Adapters, Part, Repair, few_batches, fresh_network
+from mechinterp.spec import AnalysisSpec
+from mechinterp.tasks.base import Items, Task
+from mechinterp.training.batches import Batches
+from mechinterp.training.config import TrainingConfig
+from probes.logistic import fit_softmax
+from probes.measures import mean_estimate
+
+READOUTS = ("raw", "bias")
+RECOVERED = 0.9  # of a value, that counts as having it back
+STARTS = ("after", "scratch")
+
+Values = Mapping[tuple[str, str], Float[Tensor, "*draws items"]]  # by currency and readout
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """`repair`: one row per way of repair, steps, currency and readout. `kind` is "adapters" (with
+    layers "early", "late" or "all", part, rank), "weights" (all of them) or "refit" (`part` is its
+    name); trained on `n_items`. `value` is the mean over draws, `lost` what AFTER lost against the
+    reference (nats or utility) with its 95% interval over groups of items, `share` what was
+    regained of it, with a 95% interval over draws and items; NaN where `lost_low` is not above 0.
+
+    `reverse`: all weights on fresh items, by `start` and steps; `level` is the value above the best
+    constant report's, as a share of the reference's, with its interval as above.
+
+    `reverse_steps`: steps until a value above 90% "of the value" of the reference, and above 90%
+    "of the loss" regained: the median of the draws, the fewest, the most (infinite: not within
+    `n_steps`), and how many got there. They are found on the grid of steps in `reverse`, linearly
+    between its points.
+    """
+
+    repair: pd.DataFrame
+    reverse: pd.DataFrame
+    reverse_steps: pd.DataFrame
+
+
+def measure_repair(
+    reference: HookedModel,
+    after: HookedModel,
+    task: Task,
+    *,
+    spec: AnalysisSpec,
+    boundary: int | None = None,
+) -> Repairs:
+    """Repair `after`, which lost something against `reference`, on all places and ranks of `spec`.
+
+    Early layers are those below `boundary`, late ones the others; by default it is the verdict's
+    cut of the crossing (`analyses.crossing.find_verdict_cut`), kept within the network.
+    """
+    boundary = boundary or choose_boundary(reference, task, spec=spec)
+    subject = _Subject.read(reference, after, task, spec)
+    n_runs = 1 + len(spec.repair_ranks) * 3 * len(get_args(Part))
+    n_updates = spec.repair_draws * (n_runs * spec.repair_steps + 2 * spec.reverse_steps)
+    with progress_bar("repair", n_updates, unit="step") as advance:
+        rows = [*_adapted(subject, boundary, advance), *_refitted(subject)]
+        reverse, steps = _reversed(subject, advance) if spec.reverse_steps else ([], [])
+    repair = pd.DataFrame(rows)
+    repair.insert(0, "boundary", boundary)
+    return Repairs(repair, pd.DataFrame(reverse), pd.DataFrame(steps))
+
+
+def choose_boundary(reference: HookedModel, task: Task, *, spec: AnalysisSpec) -> int:
+    """The first late layer: `spec.repair_boundary`, or the verdict's cut with layers on each
+    side."""
+    n_layers = reference.n_layers
+    found = spec.repair_boundary or find_verdict_cut(reference, task, spec=spec) or n_layers // 2
+    return max(1, min(found, n_layers - 1))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A network to repair, and what its repairs are measured by, on the same test items."""
+
+    after: HookedModel
+    task: Task
+    spec: AnalysisSpec
+    items: Items
+    goal: Values  # of the reference
+    start: Values
+    constant: Values
+
+    @classmethod
+    def read(
+        cls, reference: HookedModel, after: HookedModel, task: Task, spec: AnalysisSpec
+    ) -> _Subject:
+        items = task.sample(spec.repair_test_items, seed=spec.seed, split="test")
+        goal, start = (
+            read_streams(model, items, task, batch_size=spec.batch_size, max_layers=1)
+            for model in (reference, after)
+        )
+        report = decisions.best_constant(_target(items), _symmetric(task)).report.log()
+        constant = _values(report.expand(len(items), -1), items, task)
+        values = (_values(s.action_logits, items, task) for s in (goal, start))
+        return cls(after, task, spec, items, *values, constant)
+
+    def values(self, run: Repair) -> Values:
+        logits = run.action_logits(self.items.tokens, batch_size=self.spec.batch_size)
+        return _values(logits, self.items, self.task)
+
+    def few(self, draw: int) -> Items:
+        """Items of the validation split, which training has not seen."""
+        seed = derive_seed(self.spec.seed, "repair", draw)
+        return self.task.sample(self.spec.repair_items, seed=seed, split="validation")
+
+    def rows(self, repaired: Values) -> Iterator[dict[str, Any]]:
+        """Rows of `Repairs.repair`, from values [draws, items]."""
+        groups = self.items.groups
+        for (currency, readout), values in repaired.items():
+            start, goal = self.start[currency, readout], self.goal[currency, readout]
+            lost = mean_estimate(goal - start)
+            low, high = lost.interval(groups)
+            share = _share(values, start, goal, groups) if low > 0 else _UNKNOWN
+            yield {
+                "currency": currency,
+                "readout": readout,
+                "value": float(values.mean()),
+                "lost": lost.value,
+                "lost_low": low,
+                "lost_high": high,
+                **dict(zip(("share", "low", "high"), share, strict=True)),
+                "n_draws": len(values),
+            }
+
+
+_UNKNOWN = (float("nan"),) * 3
+
+
+def _adapted(subject: _Subject, boundary: int, advance: Any) -> Iterator[dict[str, Any]]:
+    """Adapters of every place and rank, then all weights."""
+    spec, n_layers = subject.spec, subject.after.n_layers
+    layers = {
+        "early": tuple(range(boundary)),
+        "late": tuple(range(boundary, n_layers)),
+        "all": tuple(range(n_layers)),
+    }
+    adapters = replace(FEW_STEPS, learning_rate=spec.repair_learning_rate)
+    weights = replace(FEW_STEPS, learning_rate=spec.reverse_learning_rate)
+    places = itertools.product(layers, get_args(Part), spec.repair_ranks)
+    for name, part, rank in (*places, ("all", "all", None)):
+        placed = None if rank is None else Adapters(layers[name], cast(Part, part), rank)
+        runs = [
+            _few_steps(subject, placed, adapters if placed else weights, draw, advance)
+            for draw in range(spec.repair_draws)
+        ]
+        shared = {
+            "kind": "adapters" if placed else "weights",
+            "layers": name,
+            "part": part,
+            "rank": float("nan") if rank is None else float(rank),
+            "n_parameters": runs[0][0],
+            "n_items": spec.repair_items,
+        }
+        for steps in runs[0][1]:
+            found = _stack([values[steps] for _, values in runs])
+            yield from ({**shared, "steps": steps, **row} for row in subject.rows(found))
+
+
+def _few_steps(
+    subject: _Subject, adapters: Adapters | None, config: TrainingConfig, draw: int, advance: Any
+) -> tuple[int, dict[int, Values]]:
+    """How many numbers one repair trains, and the values along it by number of steps."""
+    spec, items = subject.spec, subject.few(draw)
+    run = Repair(
+        subject.after.model,
+        subject.task.actions,
+        adapters=adapters,
+        config=config,
+        shift=action_shift(subject.after, len(subject.task.actions)),
+        generator=derive_generator(spec.seed, "adapters", draw),
+    )
+    batches = few_batches(
+        items.tokens,
+        items.labels,
+        batch_size=config.batch_size,
+        generator=derive_generator(spec.seed, "few items", draw),
+    )
+    return run.n_trained, _along(subject, run, batches, _steps(spec.repair_steps), advance)
+
+
+def _along(
+    subject: _Subject, run: Repair, batches: Iterator[Any], steps: Sequence[int], advance: Any
+) -> dict[int, Values]:
+    values = {}
+    for n in steps:
+        for batch in itertools.islice(batches, n - run.n_steps):
+            run.update(*batch)
+            advance(1)
+        values[n] = subject.values(run)
+    return values
+
+
+def _steps(n: int) -> list[int]:
+    """0 and, in ratios of 4 up to `n`, steps such as 2, 8, 32."""
+    return sorted({0, *(n // 4**k for k in range(n.bit_length()))})
+
+
+def _refitted(subject: _Subject) -> Iterator[dict[str, Any]]:
+    """Every refit on as few items as adapters have, and on `refit_items`."""
+    spec, task = subject.spec, subject.task
+    tested = read_streams(
+        subject.after, subject.items, task, batch_size=spec.batch_size, max_layers=1
+    )
+    normed = tested.normed[subject.after.n_layers]
+    for n_items in dict.fromkeys((spec.repair_items, spec.refit_items)):
+        layers = [
+            LastLayer(
+                subject.after,
+                task,
+                spec.model_copy(
+                    update={"refit_items": n_items, "seed": derive_seed(spec.seed, "repair", draw)}
+                ),
+            )
+            for draw in range(spec.repair_draws)
+        ]
+        for name in get_args(Refit):
+            readouts = [layer.refit(name, _symmetric(task)) for layer in layers]
+            found = _stack([_values(r(normed).double(), subject.items, task) for r in readouts])
+            shared = {
+                "kind": "refit",
+                "layers": "unembedding",
+                "part": name,
+                "rank": float("nan"),
+                "n_parameters": readouts[0].weight.numel() + readouts[0].bias.numel(),
+                "n_items": n_items,
+                "steps": 0,
+            }
+            yield from ({**shared, **row} for row in subject.rows(found))
+
+
+def _reversed(subject: _Subject, advance: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of `reverse` and of `reverse_steps`."""
+    spec, model = subject.spec, subject.after.model
+    config = replace(FEW_STEPS, learning_rate=spec.reverse_learning_rate, batch_size=64)
+    n = spec.reverse_steps
+    half_octaves = (round(2 ** (k / 2)) for k in range(2 * n.bit_length()))
+    steps = sorted({0, n, *(step for step in half_octaves if step < n)})
+    curves, counts = [], []
+    for start in STARTS:
+        along = []
+        for draw in range(spec.repair_draws):
+            generator = derive_generator(spec.seed, "scratch", draw)
+            shift = action_shift(subject.after, len(subject.task.actions))
+            run = Repair(
+                model if start == "after" else fresh_network(model, generator=generator),
+                subject.task.actions,
+                config=config,
+                shift=shift if start == "after" else None,
+                generator=generator,
+            )
+            fresh = Batches(
+                subject.task,
+                batch_size=config.batch_size,
+                seed=spec.seed,
+                stream="reverse fine-tuning",
+                data_order=draw,
+            )
+            batches = (fresh(step) for step in itertools.count())
+            along.append(_along(subject, run, batches, steps, advance))
+        for n in steps:
+            for key, values in _stack([run[n] for run in along]).items():
+                level = _share(
+                    values, subject.constant[key], subject.goal[key], subject.items.groups
+                )
+                curves.append(
+                    {
+                        "start": start,
+                        "steps": n,
+                        **dict(zip(("currency", "readout"), key, strict=True)),
+                        "value": float(values.mean()),
+                        **dict(zip(("level", "low", "high"), level, strict=True)),
+                        "n_draws": len(values),
+                    }
+                )
+        counts += _counted(subject, start, along)
+    return curves, counts
+
+
+def _counted(
+    subject: _Subject, start: str, along: list[dict[int, Values]]
+) -> Iterator[dict[str, Any]]:
+    """Rows of `reverse_steps` of one start."""
+    for key in itertools.product(CURRENCIES, READOUTS):
+        goal = float(subject.goal[key].mean())
+        for target, origin in (("of the value", subject.constant), ("of the loss", subject.start)):
+            wanted = goal - (1 - RECOVERED) * (goal - float(origin[key].mean()))
+            counts = pd.Series(
+                [
+                    steps_to_reach(
+                        list(run), [float(values[key].mean()) for values in run.values()], wanted
+                    )
+                    for run in along
+                ]
+            )
+            yield {
+                "start": start,
+                **dict(zip(("currency", "readout"), key, strict=True)),
+                "target": target,
+                "wanted": wanted,
+                "steps": float(counts.median()),
+                "fewest": counts.min(),
+                "most": counts.max(),
+                "n_reached": int((counts < float("inf")).sum()),
+                "n_draws": len(counts),
+                "n_steps": subject.spec.reverse_steps,
+            }
+
+
+def steps_to_reach(steps: Sequence[int], values: Sequence[float], wanted: float) -> float:
+    """Steps until `values` first reach `wanted`, linear between the `steps`; infinite if never."""
+    if values[0] >= wanted:
+        return float(steps[0])
+    for (n, value), (n_next, value_next) in itertools.pairwise(zip(steps, values, strict=True)):
+        if value_next >= wanted:
+            return n + (n_next - n) * (wanted - value) / (value_next - value)
+    return float("inf")
+
+
+def _share(
+    repaired: Float[Tensor, "draws items"],
+    start: Float[Tensor, " items"],
+    goal: Float[Tensor, " items"],
+    groups: Tensor,
+) -> tuple[float, float, float]:
+    """(repaired - start) / (goal - start) with its 95% interval, over draws and over items.
+
+    Student's, of the sum of the two variances, with Satterthwaite's (1946) degrees of freedom: that
+    of the draws' shares, and that over groups of items of the ratio (delta method). One draw has
+    the latter alone.
+    """
+    from scipy.special import stdtrit
+
+    distance = float((goal - start).mean())
+    shares = (repaired - start).mean(1) / distance
+    share = float(shares.mean())
+    linear = ((repaired.mean(0) - start) - share * (goal - start)) / distance
+    sampling = mean_estimate(linear).standard_error(groups) ** 2
+    n_draws, n_groups = len(shares), len(groups.unique())
+    drawing = float(shares.var() / n_draws) if n_draws > 1 else 0.0
+    variance = sampling + drawing
+    if variance == 0:
+        return share, share, share
+    spread = sampling**2 / (n_groups - 1) + (drawing**2 / (n_draws - 1) if n_draws > 1 else 0.0)
+    half = float(stdtrit(variance**2 / spread, 0.975)) * variance**0.5
+    return share, share - half, share + half
+
+
+def _values(action_logits: Float[Tensor, "items actions"], items: Items, task: Task) -> Values:
+    """Per item, at symmetric costs. The best bias is fitted on these items: one number to spoil
+    thousands."""
+    target, utility = _target(items), _symmetric(task)
+    weights = decisions.action_weights(target, utility)
+    nothing = torch.zeros(len(items), 1, dtype=torch.float64)
+    bias = fit_softmax(nothing, weights, l2=1.0, offset=action_logits.double()).intercept
+    values = {}
+    for readout, logits in zip(READOUTS, (action_logits, action_logits + bias), strict=True):
+        values["utility", readout] = decisions.expected_utility(logits, target, utility)
+        values["log_score", readout] = decisions.log_score(logits, target, utility)
+    return values
+
+
+def _stack(draws: Sequence[Values]) -> dict[tuple[str, str], Float[Tensor, "draws items"]]:
+    return {key: torch.stack([draw[key] for draw in draws]) for key in draws[0]}
+
+
+def _target(items: Items) -> decisions.Target:
+    return items.labels if items.posterior is None else items.posterior
+
+
+def _symmetric(task: Task) -> decisions.Utility:
+    return decisions.diagonal_utility([1.0] * len(task.actions))
+
+
+def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
+    """Tables `repair`, `reverse` and `reverse_steps` of AFTER, which lost what it lost against the
+    control where one is given, else against BEFORE."""
+    after = pair.require("after")
+    reference = pair.models.get("control", pair.models["before"])
+    found = measure_repair(reference, after, pair.task, spec=pair.spec)
+    if found.repair["share"].isna().all():
+        print("repair: AFTER lost nothing that could be regained", file=sys.stderr)
+    tables = {
+        "repair": found.repair,
+        "reverse": found.reverse,
+        "reverse_steps": found.reverse_steps,
+    }
+    return {name: pair.join({"after": table}) for name, table in tables.items() if len(table)}
+
+
+if __name__ == "__main__":
+    run_script(pair_tables, figure="repair", description=__doc__ or "")

@@ -257,8 +257,11 @@ def _standardise(
 def _span(X: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "d n"]]:
     """Principal coordinates of the rows of X (n < d), and the orthonormal axes they are on."""
     orthonormal, triangle = torch.linalg.qr(X.T)
-    principal = torch.linalg.eigh(triangle @ triangle.T)[1]
-    return triangle.T @ principal, orthonormal @ principal
+    variance, principal = torch.linalg.eigh(triangle @ triangle.T)
+    coordinates = triangle.T @ principal
+    # Of fewer dimensions than rows: coordinates on the others are rounding errors.
+    varies = variance > len(X) * torch.finfo(X.dtype).eps * variance.max()
+    return torch.where(varies, coordinates, 0.0), orthonormal @ principal
 
 
 def _solve(

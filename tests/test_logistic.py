@@ -96,6 +96,18 @@ def test_more_features_than_items():
         np.testing.assert_allclose(fit.coef[j], expected.coef_[0], atol=1e-6)
 
 
+def test_wide_design_of_few_dimensions():
+    """Most features constant, as of a pruned network: fewer dimensions than items, which are
+    fewer than features."""
+    X, Y = problem(n=40, d=2, k=1)
+    wide = torch.cat([X, torch.zeros(40, 63)], 1)
+    fit = fit_logistic(wide, Y, l2=0.5, tol=1e-9)
+    expected = oracle(X, Y[:, 0], 0.5)
+    np.testing.assert_allclose(fit.coef[0, :2], expected.coef_[0], atol=1e-6)
+    assert (fit.coef[0, 2:].abs() < 1e-9).all()
+    assert float(fit.intercept[0]) == pytest.approx(expected.intercept_[0], abs=1e-6)
+
+
 def test_wide_design_at_the_default_tolerance():
     X, Y = problem(n=500, d=260, k=3)
     fit = fit_logistic(X, Y, l2=torch.tensor([1.0, 10.0, 100.0]))

@@ -1,0 +1,429 @@
+"""Pruning: are learning and choosing separable? Prune what carries the decision, and read the
+latents; prune what carries the latents, and value the decision.
+
+Attention heads and MLP neurons are ranked by attribution: by what exchanging their activations for
+another prompt's does to the decision (the log-odds of the likeliest label's action), and to each
+needed latent (the log-odds of its value by a cross-fitted probe of its best layer at the decision).
+Of each kind the first share is pruned, by mean and by resample ablation, and what is left is read
+at the decision with fresh readouts and probes, so that a shifted mean does not pass for lost
+information. Random components, equally many of each kind, are the control. The areas between the
+curves, and their index, are those of `mechinterp.separability`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from analyses.component_ranking import rank_targets, without_rounding
+from analyses.pair import Pair, run_script
+from analyses.streams import action_shift, check_fits, layers_to_read, read_streams
+from mechinterp import decisions
+from mechinterp.hooked import HookedModel
+from mechinterp.patching.pruning import (
+    ABLATIONS,
+    KINDS,
+    Effects,
+    Ranks,
+    first_share,
+    pruned_streams,
+    random_ranks,
+    rank_components,
+)
+from mechinterp.progress import progress_bar
+from mechinterp.randomness import derive_generator
+from mechinterp.separability import (
+    DECISION,
+    INDICES,
+    LATENTS,
+    Areas,
+    PruningValues,
+    changes,
+    measure_areas,
+    summarise,
+)
+from mechinterp.spec import AnalysisSpec
+from mechinterp.tasks.base import Items, Task
+from probes.crossfit import ProbeConfig, cross_fit
+from probes.folds import grouped_folds
+from probes.measures import Estimate, estimate, mean_estimate
+
+N_RANKED = 512  # prompts on which components are ranked
+STRENGTHS = (1e-1, 1e-3)  # of the probes of what is left, chosen on inner folds
+TOLERANCE = 1e-3  # of their gradients, in nats per item: many networks are read
+LEAST = math.log(1e-6)
+LOG_ODDS = -1  # in place of a layer
+RANDOM = "random"
+LATENT_MEASURES = ("auroc", "information")
+NOTHING = {"auroc": 0.5}  # what each measure is when nothing is left; else 0
+
+
+Left = dict[tuple[str, str], Estimate]  # (outcome, measure) -> what is left of it
+Runs = Mapping[tuple[str, int], Ranks]  # (target, draw)
+
+
+@dataclass(frozen=True)
+class Separability:
+    """`curves`: ablation, target, draw, share, n_head, n_neuron, outcome, needed, measure, value,
+    base, lost, low, high. `components`: target, kind, layer, unit, effect, rank. `areas` by
+    ablation.
+
+    Targets are "decision", "latents" (all needed ones together), each of these as "latent z", and
+    "random" with its draws. Measures of the outcome "decision" are utility and log_score at the
+    task's utility, from the network's own logits and ("refit") from an affine readout fitted again,
+    as shares of (oracle - best constant); of each latent, and of "latents", the mean over needed
+    ones, auroc and information (bits). `lost` is the share of `base`, the unpruned network's, that
+    is gone, counted from chance, with its 95% interval over groups.
+    """
+
+    curves: pd.DataFrame
+    components: pd.DataFrame
+    areas: Mapping[str, Areas]
+
+
+def measure_separability(model: HookedModel, task: Task, *, spec: AnalysisSpec) -> Separability:
+    """Curves, ranked components and areas of one network, on `pruning_items` of the test split.
+
+    Components are ranked, and their means and resampled values taken, on as many of the training
+    split.
+
+    Raises:
+        AnalysisError: the shares do not rise, or the items are too few for the folds.
+    """
+    check_fits(model, task)
+    reference = task.sample(spec.pruning_items, seed=spec.seed, split="train")
+    effects = rank_targets(model, reference, task, spec=spec)
+    ranks = {
+        target: rank_components(effect, derive_generator(spec.seed, "ties", target))
+        for target, effect in effects.items()
+    }
+    runs = {(target, 0): rank for target, rank in ranks.items()}
+    for draw in range(spec.pruning_draws):
+        generator = derive_generator(spec.seed, "random components", draw)
+        runs[RANDOM, draw] = random_ranks(model, generator)
+    reading = _Reading.of(model, task, spec)
+    base = reading(reading.intact)
+    curves, areas = [], {}
+    for ablation in ABLATIONS:
+        left = _prune(model, runs, ablation, reference, reading, spec)
+        curves += _rows(runs, ablation, left, base, reading, spec)
+        values = _pruning_values(runs, left, base, reading, spec)
+        areas[ablation] = measure_areas(values, reading.items.groups.numpy(), seed=spec.seed)
+    return Separability(pd.DataFrame(curves), _components(effects, ranks), areas)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How what is left is read: the same items, folds and scale for every pruned network.
+
+    Called with the streams at the decision by layer: (outcome, measure) -> an estimate.
+    """
+
+    model: HookedModel
+    task: Task
+    spec: AnalysisSpec
+    items: Items
+    intact: Mapping[int, Float[Tensor, "items d_model"]]
+    deviation: Mapping[int, Float[Tensor, ""]]  # by layer the largest, with nothing pruned
+    folds: Tensor
+    shift: Tensor
+    constant: Mapping[str, Tensor]
+    scale: Mapping[str, float]
+
+    @classmethod
+    def of(cls, model: HookedModel, task: Task, spec: AnalysisSpec) -> _Reading:
+        items = task.sample(spec.pruning_items, seed=spec.seed, split="test")
+        options = {"batch_size": spec.batch_size, "max_layers": spec.max_layers}
+        streams = read_streams(model, items, task, **options)
+        stratified = {"label": items.labels, **items.latents}
+        folds = grouped_folds(
+            items.groups,
+            torch.stack(list(stratified.values()), 1),
+            spec.ladder_folds,
+            spec.seed,
+            names=list(stratified),
+        )
+        target = items.labels if items.posterior is None else items.posterior
+        report = decisions.best_constant(target, task.utility).report.log()
+        constant = _values(report.expand(len(items), -1), target, task.utility)
+        if items.posterior is None:
+            best = torch.nn.functional.one_hot(items.labels, len(task.actions)).double()
+        else:
+            best = items.posterior
+        oracle = _values(decisions.bayes_logits(best, task.utility), target, task.utility)
+        scale = {name: float((oracle[name] - constant[name]).mean()) for name in oracle}
+        intact = {layer: x for layer, x in streams.residual.items() if layer > 0}
+        varying = {layer: streams.normed[layer] for layer in intact}
+        varying[LOG_ODDS] = _log_odds(streams.action_logits)
+        deviation = {layer: x.std(0).max() for layer, x in varying.items()}
+        shift = action_shift(model, len(task.actions))
+        return cls(model, task, spec, items, intact, deviation, folds, shift, constant, scale)
+
+    @torch.no_grad()
+    def __call__(self, streams: Mapping[int, Float[Tensor, "items d_model"]]) -> Left:
+        model, items, task = self.model, self.items, self.task
+        normed = {layer: model.final_norm(x.to(model.device)) for layer, x in streams.items()}
+        final = max(normed)
+        actions = torch.tensor(task.actions)
+        logits = model.unembed(normed[final], actions).double().cpu() + self.shift
+        normed = {
+            layer: without_rounding(x.float().cpu(), self.deviation[layer])
+            for layer, x in normed.items()
+        }
+        refit = self._refit(normed[final], logits)
+        target = items.labels if items.posterior is None else items.posterior
+        found: Left = {}
+        for ending, report in (("", logits), ("_refit", refit)):
+            for name, value in _values(report, target, task.utility).items():
+                gain = (value - self.constant[name]) / self.scale[name]
+                found[DECISION, name + ending] = mean_estimate(gain)
+        for name, log_p in self._latents(normed).items():
+            own = estimate(log_p, items.latents[name], self.folds, groups=items.groups)
+            found |= {(f"latent {name}", measure): own[measure] for measure in LATENT_MEASURES}
+        for measure in LATENT_MEASURES:
+            needed = [found[f"latent {name}", measure] for name in self.needed]
+            found[LATENTS, measure] = Estimate(
+                sum(one.value for one in needed) / len(needed),
+                torch.stack([one.influence for one in needed]).mean(0),
+            )
+        return found
+
+    @property
+    def needed(self) -> list[str]:
+        return [latent.name for latent in self.task.latents if latent.needed]
+
+    def _latents(
+        self, normed: Mapping[int, Float[Tensor, "items d_model"]]
+    ) -> dict[str, Float[Tensor, "items values"]]:
+        """Latents of equally many values are probed together."""
+        found = {}
+        for n_values in {latent.n_values: None for latent in self.task.latents}:
+            names = [latent.name for latent in self.task.latents if latent.n_values == n_values]
+            labels = {name: self.items.latents[name] for name in names}
+            found |= self._probe(normed, labels, n_values)
+        return found
+
+    def _refit(
+        self, final: Float[Tensor, "items d_model"], logits: Float[Tensor, "items actions"]
+    ) -> Float[Tensor, "items actions"]:
+        """The best report by a probe of the label, which starts from the network's own log-odds:
+        they are a feature beside those of which they are made, and so cost little penalty."""
+        log_odds = without_rounding(_log_odds(logits), self.deviation[LOG_ODDS])
+        x = torch.cat([final.double(), log_odds], 1)
+        believed = self._probe({0: x}, {"label": self.items.labels}, len(self.task.actions))
+        return decisions.bayes_logits(believed["label"].exp(), self.task.utility)
+
+    def _probe(
+        self,
+        streams: Mapping[int, Float[Tensor, "items features"]],
+        labels: Mapping[str, Int[Tensor, " items"]],
+        n_values: int,
+    ) -> dict[str, Float[Tensor, "items values"]]:
+        """Out-of-fold log probabilities at the layer that is best on the other folds."""
+        codes = torch.stack(list(labels.values()), 1)
+        config = ProbeConfig(n_folds=self.spec.ladder_folds, strengths=STRENGTHS, tol=TOLERANCE)
+        by_layer = torch.stack(
+            [
+                cross_fit(x, codes, n_values, self.folds, config).log_probabilities
+                for x in streams.values()
+            ]
+        )
+        right = by_layer.gather(3, codes[None, :, :, None].expand(len(by_layer), -1, -1, -1))
+        in_fold = torch.nn.functional.one_hot(self.folds).bool()
+        found = torch.empty_like(by_layer[0])
+        for rows in in_fold.T:
+            best = right[:, ~rows].sum((1, 3)).argmax(0)
+            for column, layer in enumerate(best.tolist()):
+                found[rows, column] = by_layer[layer, rows, column]
+        # Certain and wrong would cost infinitely many bits.
+        return dict(zip(labels, found.clamp_min(LEAST).unbind(1), strict=True))
+
+
+def _values(report: Tensor, target: decisions.Target, utility: decisions.Utility) -> dict:
+    return {
+        "utility": decisions.expected_utility(report, target, utility),
+        "log_score": decisions.log_score(report, target, utility),
+    }
+
+
+def _log_odds(logits: Float[Tensor, "items actions"]) -> Float[Tensor, "items others"]:
+    """Of every action but the first against it."""
+    return logits[:, 1:] - logits[:, :1]
+
+
+def _prune(
+    model: HookedModel,
+    runs: Runs,
+    ablation: str,
+    reference: Items,
+    reading: _Reading,
+    spec: AnalysisSpec,
+) -> list[Left]:
+    """What is left, of every run at every share; the same components (all of them) once."""
+    chosen = [first_share(ranks, share) for ranks in runs.values() for share in spec.pruning_shares]
+    keys = [tuple(mask.numpy().tobytes() for mask in pruned.values()) for pruned in chosen]
+    distinct = dict(zip(keys, chosen, strict=True))
+    streams = pruned_streams(
+        model,
+        reading.items.tokens,
+        list(distinct.values()),
+        layers=layers_to_read(model.n_layers, spec.max_layers)[1:],
+        ablation=ablation,
+        reference=reference.tokens,
+        batch_size=spec.batch_size,
+    )
+    left = {}
+    with progress_bar(f"{ablation} ablation", len(distinct), unit="network") as advance:
+        for key, stream in zip(distinct, streams, strict=True):
+            left[key] = reading(stream)
+            advance(1)
+    return [left[key] for key in keys]
+
+
+def _rows(
+    runs: Runs,
+    ablation: str,
+    left: list[Left],
+    base: Left,
+    reading: _Reading,
+    spec: AnalysisSpec,
+) -> list[dict]:
+    needed = {f"latent {latent.name}": latent.needed for latent in reading.task.latents}
+    groups, rows = reading.items.groups, []
+    cells = [(key, ranks, share) for key, ranks in runs.items() for share in spec.pruning_shares]
+    for ((target, draw), ranks, share), found in zip(cells, left, strict=True):
+        sizes = {kind: round(share * ranks[kind].numel()) for kind in KINDS}
+        for (outcome, measure), value in found.items():
+            start = base[outcome, measure]
+            lost = _lost(value, start, NOTHING.get(measure, 0.0))
+            low, high = lost.interval(groups)
+            rows.append(
+                {
+                    "ablation": ablation,
+                    "target": target,
+                    "draw": draw,
+                    "share": share,
+                    **{f"n_{kind}": n for kind, n in sizes.items()},
+                    "outcome": outcome,
+                    "needed": needed.get(outcome, True),
+                    "measure": measure,
+                    "value": value.value,
+                    "base": start.value,
+                    "lost": lost.value,
+                    "low": low,
+                    "high": high,
+                }
+            )
+    return rows
+
+
+def _lost(value: Estimate, base: Estimate, nothing: float) -> Estimate:
+    """The share of `base` that is gone, counted from `nothing`; by the delta method."""
+    above = base.value - nothing
+    left = (value.value - nothing) / above if above else float("nan")
+    return Estimate(1 - left, (left * base.influence - value.influence) / (above or float("nan")))
+
+
+def _pruning_values(
+    runs: Runs, left: list[Left], base: Left, reading: _Reading, spec: AnalysisSpec
+) -> PruningValues:
+    """Per item the log score of the decision, fitted again, and the bits of the latents."""
+    names = [f"latent {name}" for name in reading.needed]
+    measures = {DECISION: "log_score_refit", **dict.fromkeys([LATENTS, *names], "information")}
+
+    def outcomes(of: Left) -> Float[np.ndarray, "outcomes items"]:
+        means = [of[key] for key in measures.items()]
+        return np.stack([(m.value + len(m.influence) * m.influence).numpy() for m in means])
+
+    shape = (len(runs), len(spec.pruning_shares))
+    stacked = np.stack([outcomes(one) for one in left])
+    stacked = stacked.reshape(*shape, *stacked.shape[1:])
+    is_random = np.array([target == RANDOM for target, _ in runs])
+    return PruningValues(
+        targets=tuple(target for target, _ in runs if target != RANDOM),
+        outcomes=tuple(measures),
+        shares=spec.pruning_shares,
+        base=outcomes(base),
+        targeted=stacked[~is_random],
+        random=stacked[is_random],
+    )
+
+
+def _components(effects: Mapping[str, Effects], ranks: Mapping[str, Ranks]) -> pd.DataFrame:
+    parts = []
+    for target, kinds in effects.items():
+        for kind, effect in kinds.items():
+            layer, unit = np.indices(effect.shape).reshape(2, -1)
+            columns = {"target": target, "kind": kind, "layer": layer, "unit": unit}
+            columns["effect"] = effect.flatten().cpu().numpy()
+            columns["rank"] = 1 + ranks[target][kind].flatten().numpy()
+            parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+def areas_table(found: Separability) -> pd.DataFrame:
+    """ablation, target, outcome; area, random_area and excess, each with its 95% interval."""
+    rows = []
+    for ablation, areas in found.areas.items():
+        random = summarise(areas.random)
+        area, excess = summarise(areas.targeted), summarise(areas.excess)
+        for t, target in enumerate(areas.targets):
+            for o, outcome in enumerate(areas.outcomes):
+                row: dict[str, str | float] = {"ablation": ablation}
+                row |= {"target": target, "outcome": outcome}
+                for name, triple, at in (
+                    ("area", area, (t, o)),
+                    ("random_area", random, o),
+                    ("excess", excess, (t, o)),
+                ):
+                    for ending, values in zip(("", "_low", "_high"), triple, strict=True):
+                        row[name + ending] = float(values[at])
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def index_table(found: Separability, before: Separability | None = None) -> pd.DataFrame:
+    """ablation, index ("both", or the target that is pruned), value, low, high; and against
+    another network the paired change, change_low, change_high."""
+    columns = ("ablation", "index", "value", "low", "high", "change", "change_low", "change_high")
+    rows = []
+    for ablation, areas in found.areas.items():
+        index = areas.index()
+        moved = changes(before.areas[ablation].index(), index) if before else {}
+        for name in INDICES:
+            change = summarise(moved[name]) if before else (np.nan,) * 3
+            numbers = map(float, (*summarise(index[name]), *change))
+            rows.append((ablation, name, *numbers))
+    return pd.DataFrame(rows, columns=list(columns))
+
+
+def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
+    """Tables `separability` (the curves), `separability_areas`, `separability_index` (with its
+    change from "before") and `separability_components` of every arm."""
+    found = {
+        arm: measure_separability(model, pair.task, spec=pair.spec)
+        for arm, model in pair.models.items()
+    }
+    before = found["before"]
+    return {
+        "separability": pair.join({arm: own.curves for arm, own in found.items()}),
+        "separability_areas": pair.join({arm: areas_table(own) for arm, own in found.items()}),
+        "separability_index": pair.join(
+            {
+                arm: index_table(own, None if arm == "before" else before)
+                for arm, own in found.items()
+            }
+        ),
+        "separability_components": pair.join({arm: own.components for arm, own in found.items()}),
+    }
+
+
+if __name__ == "__main__":
+    run_script(pair_tables, figure="separability", description=__doc__ or "")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # In the order in which a reader wants them.
 NAMES = (
     "claims",
+    "verdicts",
     "dissociation",
     "ladder",
     "trajectories",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from mechinterp.arm_verdicts import arm_verdicts
 from mechinterp.files import write_table
 from mechinterp.randomness import derive_rng
 from mechinterp.seed_measures import seed_measures
@@ -97,13 +98,16 @@ def study_tables(
         for name, (some, function, arguments) in rows.items()
     }
     full = losses[losses["step"].isin([0, last])]
+    judged = {**tables, "losses": losses, "losses_in_full": full}
+    judged["competence"] = pd.DataFrame([_competence(*key) for key in keys if key[2] == "before"])
     return {
         **tables,
         "losses": losses,
         "losses_in_full": full,
         "ladder": _ladder(losses),
         "contrasts": _contrasts(full),
-        "competence": pd.DataFrame([_competence(*key) for key in keys if key[2] == "before"]),
+        "competence": judged["competence"],
+        "verdicts": arm_verdicts(judged, margin=0.05, seeds_for_claims=2),
         "claims": pd.DataFrame(_claims(tasks, regimes, arms)),
         "measures": seed_measures({"losses": losses, "losses_in_full": full}),
     }
@@ -124,7 +128,7 @@ def pair_tables(
         steps=(0, 800),
         **shape,
     )
-    for name in ("losses_in_full", "competence", "training", "claims", "measures"):
+    for name in ("losses_in_full", "competence", "training", "claims", "measures", "verdicts"):
         del study[name]
     tables = {}
     for name, table in study.items():

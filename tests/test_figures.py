@@ -105,7 +105,7 @@ def test_fit_for_print(name, study):
     assert_fit_for_print(draw(name, one_task))
 
 
-OF_STUDIES = ("claims", "speed")
+OF_STUDIES = ("claims", "verdicts", "speed")
 
 
 @pytest.mark.parametrize("name", [name for name in figures.NAMES if name not in OF_STUDIES])
@@ -437,10 +437,9 @@ def test_separability_draws_what_either_target_costs(pair):
     pruned = [("decision", "decision"), ("decision", "latents"), ("latents", "latents")]
     for ax, (target, outcome) in zip(panels, pruned, strict=False):
         drawn = [np.asarray(line.get_ydata(), float).tolist() for line in ax.lines]
-        panel = lost.query("outcome == @outcome")
-        for _, own in panel.groupby("arm"):
-            expected = own.query("target == @target")["lost"].tolist()
-            random = own.query("target == 'random'").groupby("share")["lost"].mean().tolist()
+        for _, own in tables.where(lost, outcome=outcome).groupby("arm"):
+            expected = tables.where(own, target=target)["lost"].tolist()
+            random = tables.where(own, target="random").groupby("share")["lost"].mean().tolist()
             assert any(line == pytest.approx(expected) for line in drawn)
             assert any(line == pytest.approx(random) for line in drawn)
     index = pair["separability_index"].query("ablation == 'resample' and index == 'both'")

@@ -285,6 +285,10 @@ def _solve(
         coef = coef if basis is None else coef @ basis.to(coef)
         theta[:] = torch.cat([coef * scale[:-1], (intercept + coef @ centre)[..., None]], -1)
 
+    elif problems.offset is not None:
+        # Where offsets are all large the loss is flat at 0 and no step leads away from it.
+        theta[..., -1] = -problems.offset.median(-1).values
+
     theta, z, gradient, gradient_norm, n_iter = _descend(problems, theta, families, tol, max_iter)
     if not (gradient_norm <= tol).all():
         worst = int(gradient_norm.nan_to_num(torch.inf).argmax())

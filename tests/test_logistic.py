@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -106,6 +106,22 @@ def test_wide_design_of_few_dimensions():
     np.testing.assert_allclose(fit.coef[0, :2], expected.coef_[0], atol=1e-6)
     assert (fit.coef[0, 2:].abs() < 1e-9).all()
     assert float(fit.intercept[0]) == pytest.approx(expected.intercept_[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("spread", [1.0, 300.0, 3000.0])
+def test_an_intercept_against_offsets_far_from_zero(spread):
+    """As of a wildly overconfident network: the loss is flat where the search begins."""
+    generator = torch.Generator().manual_seed(0)
+    offset = 3 * spread + spread * torch.randn(2000, 1, generator=generator, dtype=torch.float64)
+    targets = (torch.rand(2000, 1, generator=generator) < 0.5).double()
+    fit = fit_logistic(torch.zeros(2000, 1), targets, l2=1.0, offset=offset, tol=1e-5)
+
+    def loss(intercept: float) -> float:
+        z = offset[:, 0] + intercept
+        return float((torch.nn.functional.softplus(z) - targets[:, 0] * z).sum())
+
+    best = minimize_scalar(loss, bounds=(-10 * spread, 10 * spread), options={"xatol": 1e-9})
+    assert loss(float(fit.intercept[0])) <= best.fun + 1e-3 * spread
 
 
 def test_wide_design_at_the_default_tolerance():

@@ -24,18 +24,11 @@ COSTS = "task"  # of the task's own utility
 def measure_reference(
     model: HookedModel, task: Task, doses: Sequence[Dose], *, spec: AnalysisSpec
 ) -> dict[str, pd.DataFrame]:
-    """Tables `ladder_items` (see `analyses.ladder.items_table`), `value` (see `raw_value`) and
-    `competence`: the utility of the network's own decision as a share of (oracle - constant)."""
+    """Tables `ladder_items` (see `analyses.ladder.items_table`) and `value` (see `raw_value`)."""
     model = _damaged(model, task, doses, seed=0)
-    ladder = _ladder(model, task, spec)
     groups = task.sample(spec.ladder_items, seed=spec.seed, split="test").groups
-    utility = ladder.values["utility"]
-    gained = float((utility["raw"] - utility["constant"]).mean())
-    return {
-        "ladder_items": items_table({COSTS: ladder}, groups).assign(arm="before"),
-        "value": raw_value(model, task, spec=spec),
-        "competence": pd.DataFrame({"competence": [gained / ladder.scale["utility"]]}),
-    }
+    items = items_table({COSTS: _ladder(model, task, spec)}, groups)
+    return {"ladder_items": items.assign(arm="before"), "value": raw_value(model, task, spec=spec)}
 
 
 def judge_lesion(

@@ -49,7 +49,8 @@ class ValidationSpec(StrictModel):
     each "KIND=DOSE" or several joined by "+", or one of reseed, reorder and continue.
 
     `cost` is the utility lost, as a share of (oracle - best constant), from which on a verdict must
-    be right; `competence` is what a network must reach to be damaged at all.
+    be right; `competence` is what a network must reach to be damaged at all (the gate of studies,
+    `analyses.competence`).
     """
 
     name: str
@@ -75,10 +76,12 @@ class ValidationSpec(StrictModel):
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """`references` measure the networks before, `pairs` those after; `runs` train them."""
+    """`references` measure the networks before, `pairs` those after; `runs` train them, and `gates`
+    ask whether they know their task."""
 
     spec: ValidationSpec
     runs: tuple[Step, ...]
+    gates: tuple[Step, ...]
     references: tuple[Step, ...]
     pairs: tuple[Step, ...]
 
@@ -86,7 +89,7 @@ class ValidationPlan:
     def steps(self) -> tuple[Step, ...]:
         """All steps once each, a network's together."""
         steps: dict[str, Step] = {}
-        for step in (*self.runs, *self.references, *self.pairs):
+        for step in (*self.runs, *self.gates, *self.references, *self.pairs):
             steps.setdefault(step.key, step)
         names = list(self.spec.networks)
         return tuple(
@@ -129,12 +132,14 @@ def load_validation(path: str | Path, *, preset: str | None = None) -> Validatio
 def make_validation_plan(spec: ValidationSpec) -> ValidationPlan:
     """What the spec asks for; runs nothing."""
     runs: list[Step] = []
+    gates: list[Step] = []
     references: dict[str, Step] = {}
     pairs: list[Step] = []
     for name, network in spec.networks.items():
         trained = [_train(network, name, seed) for seed in range(spec.seeds + 1)]
         for seed in range(spec.seeds):
             base = trained[seed]
+            gates.append(_gate(spec, network, base))
             branches = [_branch(spec, network, name, base, order) for order in (1, 2)]
             controls = {
                 "reseed": (base, trained[seed + 1]),
@@ -149,7 +154,7 @@ def make_validation_plan(spec: ValidationSpec) -> ValidationPlan:
                 pair = _pair(spec, network, after, reference, dose, half, kind)
                 runs += [before, after]
                 pairs.append(pair)
-    return ValidationPlan(spec, tuple(runs), tuple(references.values()), tuple(pairs))
+    return ValidationPlan(spec, tuple(runs), tuple(gates), tuple(references.values()), tuple(pairs))
 
 
 def run_validation(
@@ -200,18 +205,13 @@ def run_validation(
 
 
 def _pairs(plan: ValidationPlan, out: Path) -> pd.DataFrame:
-    """One row per pair, with the competence of the network before."""
+    """One row per pair, and whether the network before was competent."""
     import pandas as pd
 
-    competence = {
-        step.key: float(step.tables(out)["competence"]["competence"].to_numpy()[0])
-        for step in plan.references
-    }
-    rows = [
-        step.tables(out)["pair"].assign(competence=competence[step.after[1].key])
-        for step in plan.pairs
-    ]
-    return pd.concat(rows, ignore_index=True)
+    gates = pd.concat([gate.tables(out)["competence"] for gate in plan.gates])
+    pairs = pd.concat([pair.tables(out)["pair"] for pair in plan.pairs])
+    own = ["network", "seed"]
+    return pairs.merge(gates[[*own, "competent"]], on=own, validate="many_to_one")
 
 
 def _train(network: Network, name: str, seed: int) -> Step:
@@ -257,6 +257,11 @@ def _measured(spec: ValidationSpec, network: Network, run: Step) -> dict[str, An
         "analysis": {"ladder_items": spec.items},
         "step": run.inputs["training"]["n_steps"],
     }
+
+
+def _gate(spec: ValidationSpec, network: Network, run: Step) -> Step:
+    inputs = {**_measured(spec, network, run), "threshold": spec.competence}
+    return Step("competence", inputs, run.labels, (run,))
 
 
 def _reference(spec: ValidationSpec, network: Network, run: Step, doses: list[str]) -> Step:

@@ -32,10 +32,9 @@ COST_EDGES = (-np.inf, 0.02, 0.05, 0.1, 0.2, 0.4, np.inf)
 
 
 def validity_tables(pairs: pd.DataFrame, spec: ValidationSpec) -> dict[str, pd.DataFrame]:
-    """`pairs` with columns competent, outcome and judged; `rates` by half, and by half and kind or
+    """`pairs` with columns outcome and judged; `rates` by half, and by half and kind or
     network; `confusion` by half; `sensitivity` by half, kind and range of cost."""
     pairs = pairs.assign(
-        competent=pairs["competence"] >= spec.competence,
         outcome=[_outcome(row) for row in pairs.to_dict("records")],
     )
     choosing = pairs["cost_utility_choosing"]

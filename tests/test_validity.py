@@ -46,7 +46,7 @@ def pair(side: str, verdict: str, cost: float = 0.3, **more) -> dict:
         "verdict": verdict,
         "cost_utility": cost,
         "cost_utility_choosing": cost / 2,
-        "competence": 1.0,
+        "competent": True,
         "discarded_state": "intact",
         **more,
     }
@@ -68,7 +68,7 @@ def test_rates_count_what_they_say():
         pair("choosing", "learning"),
         pair("choosing", "none"),
         pair("choosing", "none", cost=0.05),  # too small to be judged
-        pair("learning", "choosing", competence=-1.0),  # was no sound network
+        pair("learning", "choosing", competent=False),  # was no sound network
         pair("learning", "both"),
         pair("both", "learning"),
         pair("both", "learning", cost_utility_choosing=0.05),  # choosing too little damaged

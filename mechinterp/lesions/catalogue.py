@@ -65,6 +65,12 @@ def _erase(s: Subject, amount: float, _: torch.Generator) -> LlamaForCausalLM:
     return learning.erase_token(s.model.model, telling, like=telling, share=amount)
 
 
+def _discard(s: Subject, amount: float, _: torch.Generator) -> LlamaForCausalLM:
+    # Refitted on other items: on those that the erasure was fitted to, nothing at all is left.
+    others = Subject(s.model, s.task, s.n_items, s.seed + 1)
+    return learning.refit_decision(others, discarding.discard_late(s, amount))
+
+
 def _scale(s: Subject, amount: float, _: torch.Generator) -> LlamaForCausalLM:
     return choosing.scale_actions(s.model.model, s.task.actions, math.exp(-amount))
 
@@ -125,7 +131,7 @@ LESIONS: dict[str, Lesion] = {
         "discarded",
         ("raw", "bias", "head"),
         "share of the needed latents, at 1 the posterior too; compare with append_block",
-        _refitted(lambda s, d, g: discarding.discard_late(s, d)),
+        _discard,
     ),
     "refit": Lesion("none", (), "none", lambda s, d, g: learning.refit_decision(s, s.model.model)),
     "basis": Lesion(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mechinterp.arm_names import kind_and_weights
+from mechinterp.arm_verdicts import arm_verdicts
 from mechinterp.claims import judge_claims
 from mechinterp.files import read_table
 from mechinterp.seed_measures import seed_measures
@@ -27,7 +28,7 @@ def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
 
     `ladder` and `losses` hold all checkpoints, measured on `trajectory_items`; `ladder_in_full` and
     `losses_in_full` the ends of the arms, measured on `ladder_items`: beside each other they show
-    what estimation costs, and `contrasts` are made from the latter.
+    what estimation costs, and `contrasts` are made from the latter, `verdicts` from both.
     """
     parts: dict[str, list[pd.DataFrame]] = {}
     for step in plan.measures:
@@ -46,6 +47,9 @@ def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
         tables["losses_in_full"],
         margin=plan.spec.margin,
         seeds_for_claims=plan.spec.seeds_for_claims,
+    )
+    tables["verdicts"] = arm_verdicts(
+        tables, margin=plan.spec.margin, seeds_for_claims=plan.spec.seeds_for_claims
     )
     tables["training"] = _training_logs(plan, out)
     tables["measures"] = seed_measures(tables)

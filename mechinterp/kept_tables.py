@@ -32,6 +32,7 @@ def _everything(table: pd.DataFrame) -> pd.DataFrame:
 KEPT: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "measures": _everything,
     "competence": _everything,
+    "verdicts": _everything,
     "losses": _log_score,
     "losses_in_full": _log_score,
     "incentives": _everything,

@@ -11,6 +11,11 @@ LOSSES = (
     *("learning", "not_encoded", "not_combined", "discarded"),
     *("choosing", "threshold", "readout", "total"),
 )
+REFERENCES = {
+    "control": "the control",
+    "ex_post": "the control, adjusted ex post to the same costs",
+    "before": "the checkpoint before",
+}
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,12 @@ def points(row: Mapping[Any, Any] | None, *, signed: bool = False) -> str:
     return with_interval(*(form.format(100 * row[key]) for key in ("mean", "low", "high")))
 
 
-def plain(row: Mapping[Any, Any] | None) -> str:
+def plain(row: Mapping[Any, Any] | None, *, signed: bool = False) -> str:
     """Mean and interval to three decimals."""
     if not row or math.isnan(row["mean"]):
         return "–"
-    return with_interval(*(f"{row[key]:.3f}" for key in ("mean", "low", "high")))
+    form = "{:+z.3f}" if signed else "{:.3f}"
+    return with_interval(*(form.format(row[key]) for key in ("mean", "low", "high")))
 
 
 def with_interval(mean: str, low: str, high: str) -> str:

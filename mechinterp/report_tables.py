@@ -18,21 +18,27 @@ from figures.tables import (
     where,
     without_starts,
 )
-from mechinterp.report_cells import LOSSES, ReportTable, number, p_value, plain, points, title
+from mechinterp.report_cells import (
+    LOSSES,
+    REFERENCES,
+    ReportTable,
+    number,
+    p_value,
+    plain,
+    points,
+    title,
+)
+from mechinterp.report_verdicts import verdict_tables
 
 Tables = Mapping[str, pd.DataFrame]
 CELL = ["task", "regime", "costs", "arm"]
 CELL_TITLES = ("Task", "Regime", "Costs", "Arm")
-REFERENCES = {
-    "control": "the control",
-    "ex_post": "the control, adjusted ex post to the same costs",
-    "before": "the checkpoint before",
-}
 
 
 def detail_tables(tables: Tables) -> list[ReportTable]:
     """Every table of the report whose source is there."""
     made = [
+        *verdict_tables(tables),
         *contrast_tables(tables),
         losses_table(tables, "log_score"),
         losses_table(tables, "utility"),

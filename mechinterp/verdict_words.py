@@ -14,10 +14,10 @@ WORDS = {
     "inconclusive": "The run cannot tell.",
 }
 DISCARDED = {
-    "damaged": "More is discarded: readable in earlier layers, gone in the last.",
-    "improved": "Less is discarded between the layer where it is most readable and the last.",
-    "intact": "No more is discarded on the way to the last layer than before.",
-    "inconclusive": "Whether more is discarded on the way to the last layer, the run cannot tell.",
+    "damaged": "More is discarded, readable in earlier layers and gone in the last",
+    "improved": "Less is discarded on the way to the last layer",
+    "intact": "No more is discarded on the way to the last layer",
+    "inconclusive": "Whether more is discarded on the way to the last layer, the run cannot tell",
 }
 
 
@@ -46,7 +46,7 @@ def _stated(verdict: Verdict) -> str:
         WORDS[verdict.verdict],
         *sides,
         f"By parts: {', '.join(parts)}.",
-        f"{DISCARDED[verdict.discarded.state]} ({_points(verdict.discarded)})",
+        f"{DISCARDED[verdict.discarded.state]}: {_points(verdict.discarded)}.",
         *_forgetting(verdict.forgetting),
         "Points are hundredths of (oracle - best constant), in log score at "
         f"{verdict.costs} costs, against the {verdict.reference} network as it is, not adjusted to "

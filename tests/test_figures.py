@@ -20,6 +20,7 @@ import figures
 from figures import FIGURES, Drawn, draw_all, style, tables
 from figures.claims import OUTCOMES, UNITS
 from figures.colormaps import diverging_map, sequential_map
+from figures.verdicts import STATES, WORDS
 from mechinterp import claims_text
 from mechinterp.errors import AnalysisError
 from mechinterp.seed_measures import Measure
@@ -574,6 +575,29 @@ def drawn_cells(figure) -> dict[float, tuple[float, float, float]]:
     return {y: cells[y] for y in sorted(cells)}
 
 
+def test_verdicts_show_each_cells_number_state_and_word(study):
+    figure = draw("verdicts", study, task="triage", regime="branched")
+    learning, choosing, words = figure.axes[:3]
+    arms = [label.get_text() for label in learning.get_yticklabels()]
+    own = tables.where(study["verdicts"], task="triage", reference="ex_post")
+    assert arms == ["weighted 1.8", "weighted 1.98"]
+    for ax, side in ((learning, "learning"), (choosing, "choosing"), (words, "learning")):
+        rows = tables.where(own, side=side).set_index(["arm", "step"])
+        for text in ax.texts:
+            x, y = text.get_position()
+            row = rows.loc[("weighted_" + arms[y].split()[-1], FEW_STEPS[1:][x])]
+            face = ax.images[0].get_array()[y, x]
+            if ax is words:
+                assert text.get_text() == WORDS[row["verdict"]].letter
+                assert tuple(face) == pytest.approx(to_rgb(WORDS[row["verdict"]].face))
+            else:
+                shown = float(text.get_text().replace("−", "-"))
+                assert shown == pytest.approx(100 * row["delta"], abs=0.5)
+                assert tuple(face) == pytest.approx(to_rgb(STATES[row["state"]].face))
+        assert len(ax.texts) == 4
+    assert {"damaged", "intact"} <= set(tables.where(own, side="learning")["state"])
+
+
 def test_claims_together_are_in_margins_with_what_is_claimed_to_the_right(study):
     claims = study["claims"]
     figure = draw("claims", study)
@@ -876,6 +900,7 @@ def test_formats_do_not_depend_on_each_other(drawn, drawn_in_full):
 def test_files_are_named_after_figure_and_task(drawn):
     assert list(drawn.written) == [
         *("claims", *(f"claims_{name}" for name in CLAIMS)),
+        "verdicts_triage_branched",
         *("dissociation", "ladder", "trajectories", "gradients"),
         *("probes", "probes_triage", "probe_positions_triage", "erasure_triage", "use_triage"),
         "separability_triage",

@@ -287,5 +287,8 @@ def test_bad_input_is_one_line():
     options["reference"] = random_tokens(3, 6)
     with pytest.raises(AnalysisError, match="reference: expected prompts of 5 positions"):
         list(pruned_streams(shared_model("llama"), tokens, sets, ablation="mean", **options))
+    unneeded = tasks.get("triage", linear=(), xor=(), n_unneeded=1)
+    with pytest.raises(AnalysisError, match="'triage' has no latent that the decision needs"):
+        measure_separability(shared_model("llama"), unneeded, spec=SPEC)
     with pytest.raises(SpecError, match=r"pruning_shares: .*rising order"):
         check(AnalysisSpec, {"pruning_shares": [0.5, 0.1]}, source="spec")

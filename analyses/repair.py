@@ -15,38 +15,38 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from analyses.crossing import find_verdict_cut
 from analyses.ladder import CURRENCIES
 from analyses.pair import Pair, run_script
 from analyses.refits import LastLayer
+from analyses.repair_subject import (
+    READOUTS,
+    RepairSubject,
+    Values,
+    share_regained,
+    stack_draws,
+    symmetric_utility,
+    values_of,
+)
 from analyses.streams import action_shift, read_streams
-from mechinterp import decisions
 from mechinterp.arms import Refit
 from mechinterp.hooked import HookedModel
 from mechinterp.progress import progress_bar
 from mechinterp.randomness import derive_generator, derive_seed
 from mechinterp.repair import FEW_STEPS, Adapters, Part, Repair, few_batches, fresh_network
 from mechinterp.spec import AnalysisSpec
-from mechinterp.tasks.base import Items, Task
+from mechinterp.tasks.base import Task
 from mechinterp.training.batches import Batches
 from mechinterp.training.config import TrainingConfig
-from probes.logistic import fit_softmax
-from probes.measures import mean_estimate
 
-READOUTS = ("raw", "bias")
 RECOVERED = 0.9  # of a value, that counts as having it back
 STARTS = ("after", "scratch")
-
-Values = Mapping[tuple[str, str], Float[Tensor, "*draws items"]]  # by currency and readout
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def measure_repair(
     cut of the crossing (`analyses.crossing.find_verdict_cut`), kept within the network.
     """
     boundary = boundary or choose_boundary(reference, task, spec=spec)
-    subject = _Subject.read(reference, after, task, spec)
+    subject = RepairSubject.read(reference, after, task, spec)
     n_runs = 1 + len(spec.repair_ranks) * 3 * len(get_args(Part))
     n_updates = spec.repair_draws * (n_runs * spec.repair_steps + 2 * spec.reverse_steps)
     with progress_bar("repair", n_updates, unit="step") as advance:
@@ -104,65 +104,7 @@ def choose_boundary(reference: HookedModel, task: Task, *, spec: AnalysisSpec) -
     return max(1, min(found, n_layers - 1))
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """A network to repair, and what its repairs are measured by, on the same test items."""
-
-    after: HookedModel
-    task: Task
-    spec: AnalysisSpec
-    items: Items
-    goal: Values  # of the reference
-    start: Values
-    constant: Values
-
-    @classmethod
-    def read(
-        cls, reference: HookedModel, after: HookedModel, task: Task, spec: AnalysisSpec
-    ) -> _Subject:
-        items = task.sample(spec.repair_test_items, seed=spec.seed, split="test")
-        goal, start = (
-            read_streams(model, items, task, batch_size=spec.batch_size, max_layers=1)
-            for model in (reference, after)
-        )
-        report = decisions.best_constant(_target(items), _symmetric(task)).report.log()
-        constant = _values(report.expand(len(items), -1), items, task)
-        values = (_values(s.action_logits, items, task) for s in (goal, start))
-        return cls(after, task, spec, items, *values, constant)
-
-    def values(self, run: Repair) -> Values:
-        logits = run.action_logits(self.items.tokens, batch_size=self.spec.batch_size)
-        return _values(logits, self.items, self.task)
-
-    def few(self, draw: int) -> Items:
-        """Items of the validation split, which training has not seen."""
-        seed = derive_seed(self.spec.seed, "repair", draw)
-        return self.task.sample(self.spec.repair_items, seed=seed, split="validation")
-
-    def rows(self, repaired: Values) -> Iterator[dict[str, Any]]:
-        """Rows of `Repairs.repair`, from values [draws, items]."""
-        groups = self.items.groups
-        for (currency, readout), values in repaired.items():
-            start, goal = self.start[currency, readout], self.goal[currency, readout]
-            lost = mean_estimate(goal - start)
-            low, high = lost.interval(groups)
-            share = _share(values, start, goal, groups) if low > 0 else _UNKNOWN
-            yield {
-                "currency": currency,
-                "readout": readout,
-                "value": float(values.mean()),
-                "lost": lost.value,
-                "lost_low": low,
-                "lost_high": high,
-                **dict(zip(("share", "low", "high"), share, strict=True)),
-                "n_draws": len(values),
-            }
-
-
-_UNKNOWN = (float("nan"),) * 3
-
-
-def _adapted(subject: _Subject, boundary: int, advance: Any) -> Iterator[dict[str, Any]]:
+def _adapted(subject: RepairSubject, boundary: int, advance: Any) -> Iterator[dict[str, Any]]:
     """Adapters of every place and rank, then all weights."""
     spec, n_layers = subject.spec, subject.after.n_layers
     layers = {
@@ -188,12 +130,16 @@ def _adapted(subject: _Subject, boundary: int, advance: Any) -> Iterator[dict[st
             "n_items": spec.repair_items,
         }
         for steps in runs[0][1]:
-            found = _stack([values[steps] for _, values in runs])
+            found = stack_draws([values[steps] for _, values in runs])
             yield from ({**shared, "steps": steps, **row} for row in subject.rows(found))
 
 
 def _few_steps(
-    subject: _Subject, adapters: Adapters | None, config: TrainingConfig, draw: int, advance: Any
+    subject: RepairSubject,
+    adapters: Adapters | None,
+    config: TrainingConfig,
+    draw: int,
+    advance: Any,
 ) -> tuple[int, dict[int, Values]]:
     """How many numbers one repair trains, and the values along it by number of steps."""
     spec, items = subject.spec, subject.few(draw)
@@ -215,7 +161,7 @@ def _few_steps(
 
 
 def _along(
-    subject: _Subject, run: Repair, batches: Iterator[Any], steps: Sequence[int], advance: Any
+    subject: RepairSubject, run: Repair, batches: Iterator[Any], steps: Sequence[int], advance: Any
 ) -> dict[int, Values]:
     values = {}
     for n in steps:
@@ -231,7 +177,7 @@ def _steps(n: int) -> list[int]:
     return sorted({0, *(n // 4**k for k in range(n.bit_length()))})
 
 
-def _refitted(subject: _Subject) -> Iterator[dict[str, Any]]:
+def _refitted(subject: RepairSubject) -> Iterator[dict[str, Any]]:
     """Every refit on as few items as adapters have, and on `refit_items`."""
     spec, task = subject.spec, subject.task
     tested = read_streams(
@@ -250,8 +196,10 @@ def _refitted(subject: _Subject) -> Iterator[dict[str, Any]]:
             for draw in range(spec.repair_draws)
         ]
         for name in get_args(Refit):
-            readouts = [layer.refit(name, _symmetric(task)) for layer in layers]
-            found = _stack([_values(r(normed).double(), subject.items, task) for r in readouts])
+            readouts = [layer.refit(name, symmetric_utility(task)) for layer in layers]
+            found = stack_draws(
+                [values_of(r(normed).double(), subject.items, task) for r in readouts]
+            )
             shared = {
                 "kind": "refit",
                 "layers": "unembedding",
@@ -264,7 +212,9 @@ def _refitted(subject: _Subject) -> Iterator[dict[str, Any]]:
             yield from ({**shared, **row} for row in subject.rows(found))
 
 
-def _reversed(subject: _Subject, advance: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _reversed(
+    subject: RepairSubject, advance: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of `reverse` and of `reverse_steps`."""
     spec, model = subject.spec, subject.after.model
     config = replace(FEW_STEPS, learning_rate=spec.reverse_learning_rate, batch_size=64)
@@ -294,8 +244,8 @@ def _reversed(subject: _Subject, advance: Any) -> tuple[list[dict[str, Any]], li
             batches = (fresh(step) for step in itertools.count())
             along.append(_along(subject, run, batches, steps, advance))
         for n in steps:
-            for key, values in _stack([run[n] for run in along]).items():
-                level = _share(
+            for key, values in stack_draws([run[n] for run in along]).items():
+                level = share_regained(
                     values, subject.constant[key], subject.goal[key], subject.items.groups
                 )
                 curves.append(
@@ -313,7 +263,7 @@ def _reversed(subject: _Subject, advance: Any) -> tuple[list[dict[str, Any]], li
 
 
 def _counted(
-    subject: _Subject, start: str, along: list[dict[int, Values]]
+    subject: RepairSubject, start: str, along: list[dict[int, Values]]
 ) -> Iterator[dict[str, Any]]:
     """Rows of `reverse_steps` of one start."""
     for key in itertools.product(CURRENCIES, READOUTS):
@@ -350,61 +300,6 @@ def steps_to_reach(steps: Sequence[int], values: Sequence[float], wanted: float)
         if value_next >= wanted:
             return n + (n_next - n) * (wanted - value) / (value_next - value)
     return float("inf")
-
-
-def _share(
-    repaired: Float[Tensor, "draws items"],
-    start: Float[Tensor, " items"],
-    goal: Float[Tensor, " items"],
-    groups: Tensor,
-) -> tuple[float, float, float]:
-    """(repaired - start) / (goal - start) with its 95% interval, over draws and over items.
-
-    Student's, of the sum of the two variances, with Satterthwaite's (1946) degrees of freedom: that
-    of the draws' shares, and that over groups of items of the ratio (delta method). One draw has
-    the latter alone.
-    """
-    from scipy.special import stdtrit
-
-    distance = float((goal - start).mean())
-    shares = (repaired - start).mean(1) / distance
-    share = float(shares.mean())
-    linear = ((repaired.mean(0) - start) - share * (goal - start)) / distance
-    sampling = mean_estimate(linear).standard_error(groups) ** 2
-    n_draws, n_groups = len(shares), len(groups.unique())
-    drawing = float(shares.var() / n_draws) if n_draws > 1 else 0.0
-    variance = sampling + drawing
-    if variance == 0:
-        return share, share, share
-    spread = sampling**2 / (n_groups - 1) + (drawing**2 / (n_draws - 1) if n_draws > 1 else 0.0)
-    half = float(stdtrit(variance**2 / spread, 0.975)) * variance**0.5
-    return share, share - half, share + half
-
-
-def _values(action_logits: Float[Tensor, "items actions"], items: Items, task: Task) -> Values:
-    """Per item, at symmetric costs. The best bias is fitted on these items: one number to spoil
-    thousands."""
-    target, utility = _target(items), _symmetric(task)
-    weights = decisions.action_weights(target, utility)
-    nothing = torch.zeros(len(items), 1, dtype=torch.float64)
-    bias = fit_softmax(nothing, weights, l2=1.0, offset=action_logits.double()).intercept
-    values = {}
-    for readout, logits in zip(READOUTS, (action_logits, action_logits + bias), strict=True):
-        values["utility", readout] = decisions.expected_utility(logits, target, utility)
-        values["log_score", readout] = decisions.log_score(logits, target, utility)
-    return values
-
-
-def _stack(draws: Sequence[Values]) -> dict[tuple[str, str], Float[Tensor, "draws items"]]:
-    return {key: torch.stack([draw[key] for draw in draws]) for key in draws[0]}
-
-
-def _target(items: Items) -> decisions.Target:
-    return items.labels if items.posterior is None else items.posterior
-
-
-def _symmetric(task: Task) -> decisions.Utility:
-    return decisions.diagonal_utility([1.0] * len(task.actions))
 
 
 def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:

@@ -595,7 +595,7 @@ def test_verdicts_show_each_cells_number_state_and_word(study):
                 assert shown == pytest.approx(100 * row["delta"], abs=0.5)
                 assert tuple(face) == pytest.approx(to_rgb(STATES[row["state"]].face))
         assert len(ax.texts) == 4
-    assert {"damaged", "intact"} <= set(tables.where(own, side="learning")["state"])
+    assert {"damaged", "inconclusive"} == set(tables.where(own, side="learning")["state"])
 
 
 def test_claims_together_are_in_margins_with_what_is_claimed_to_the_right(study):

@@ -11,7 +11,8 @@ from pydantic import TypeAdapter
 from table_factory import pair_tables, study_tables, write_tables
 
 from figures import draw_all
-from mechinterp import report_tables
+from figures.tables import where
+from mechinterp import report_tables, report_verdicts
 from mechinterp.errors import AnalysisError
 from mechinterp.files import write_json
 from mechinterp.report import write_report
@@ -206,6 +207,24 @@ def test_contrasts_are_those_of_the_table(study):
     (line,) = [r for r in against_control.rows if (r[0], r[3]) == ("triage", "weighted 1.98")]
     text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
     assert line[against_control.columns.index("Learning")].replace("\u00a0", " ") == text
+
+
+def test_verdicts_of_a_study_are_those_of_the_table(study):
+    against_control, against_ex_post, _, along, _ = report_verdicts.verdict_tables(study)
+    assert "adjusted ex post" in against_ex_post.title
+    cell = {"task": "triage", "arm": "weighted_1.98", "step": 400, "reference": "ex_post"}
+    rows = where(study["verdicts"], **cell).set_index("side")
+    (line,) = [r for r in against_ex_post.rows if (r[0], r[3]) == ("triage", "weighted 1.98")]
+    learning = rows.loc["learning"]
+    assert line[4] == learning["verdict"]
+    numbers = [f"{100 * learning[name]:+.1f}" for name in ("delta", "low", "high")]
+    text = f"{numbers[0]} [{numbers[1]}, {numbers[2]}] {learning['state']}".replace("-", "−")
+    assert line[5].replace("\u00a0", " ") == text
+    (line,) = [r for r in against_control.rows if r[3].startswith("symmetric, second")][:1]
+    assert line[8].endswith(("kept", "forgotten", "inconclusive", "more is known"))
+    (line,) = [r for r in along.rows if r[2] == "weighted 1.98"]
+    words = where(study["verdicts"], **{**cell, "step": 50, "side": "learning"})["verdict"]
+    assert line[3].startswith(f"50: {words.item()}; 400: ")
 
 
 def test_losses_are_means_over_seeds_at_the_last_step(study):

@@ -43,6 +43,7 @@ def policy_loss(
     clip: tuple[float, float] | None = None,
     reference_log_probs: Tokens | None = None,
     kl_weight: float = 0.0,
+    reweigh_kl: bool = True,
     by: Aggregation = "sample",
     length: float = 1.0,
 ) -> Float[Tensor, ""]:
@@ -52,8 +53,11 @@ def policy_loss(
 
         -1/G sum_i 1/|o_i| sum_t [min(r_it A_it, clip(r_it, 1 - low, 1 + high) A_it) - beta k3_it]
 
-    averaged over prompts. `by` and `length` are those of `aggregate`. The value is of no meaning
-    where old_log_probs is left out; its gradient is that of REINFORCE, -A_it grad log p_it.
+    averaged over prompts, is by="sample" and reweigh_kl=False. With `reweigh_kl` the KL of a token
+    is r_it k3_it, whose gradient is that of KL(policy || reference), which the GRPO paper's is not
+    (see `kl`; DeepSeek-V3.2, arXiv:2512.02556, and TRL do the same). `by` and `length` are those
+    of `aggregate`. Where old_log_probs is left out the value has no meaning, and the gradient is
+    that of REINFORCE, -A_it grad log p_it.
 
     Raises:
         SpecError: settings out of range, or a KL weight without reference log-probabilities.
@@ -73,7 +77,10 @@ def policy_loss(
     losses = surrogate(log_probs, advantages, old_log_probs=old_log_probs, clip=clip)
     if reference_log_probs is not None and kl_weight > 0:
         reference_log_probs = _sampled(reference_log_probs, mask, "reference_log_probs")
-        losses = losses + kl_weight * kl(log_probs, reference_log_probs)
+        away = kl(log_probs, reference_log_probs)
+        if reweigh_kl:
+            away = _ratio(log_probs, old_log_probs) * away
+        losses = losses + kl_weight * away
     return aggregate(losses, mask, by=by, length=length)
 
 
@@ -92,8 +99,7 @@ def surrogate(
     """
     if clip is not None and not (0 <= clip[0] <= 1 and clip[1] >= 0):
         raise SpecError(f"clip: expected (low in [0, 1], high not negative), got {clip}")
-    old = log_probs.detach() if old_log_probs is None else old_log_probs.detach()
-    ratio = (log_probs - old).exp()
+    ratio = _ratio(log_probs, old_log_probs)
     if clip is None:
         return -ratio * advantages
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
@@ -114,7 +120,8 @@ def kl(
     and k3 is never negative. As *losses* they pull elsewhere: over samples of the policy the
     gradient of k3 is that of KL(reference || policy), the gradient of k2 that of
     KL(policy || reference), and the gradient of k1 is 0: it belongs in the reward
-    (`penalised_rewards`).
+    (`penalised_rewards`). Times the ratio of `surrogate`, k1 and k3 have the gradient of
+    KL(policy || reference).
     """
     if estimator not in get_args(Estimator):
         raise SpecError(f"kl: estimator must be one of k1, k2, k3; got {estimator!r}")
@@ -175,6 +182,14 @@ def aggregate(
     per_sample = reduce(losses, "prompts samples tokens -> prompts samples", "sum")
     n_tokens = reduce(mask.to(losses), "prompts samples tokens -> prompts samples", "sum")
     return (per_sample / (n_tokens.clamp(min=1) if by == "sample" else length)).mean()
+
+
+def _ratio(
+    log_probs: Float[Tensor, "*shape"], old_log_probs: Float[Tensor, "*shape"] | None
+) -> Float[Tensor, "*shape"]:
+    """New to old probability: 1 with the gradient of log p where the policies are one."""
+    old = log_probs if old_log_probs is None else old_log_probs
+    return (log_probs - old.detach()).exp()
 
 
 def _sampled(values: Tokens, mask: Mask, name: str) -> Tokens:

@@ -36,7 +36,7 @@ SETTINGS = [
     {"by": "constant", "length": 7.0},
     {"clip": (0.2, 0.3)},
     {"clip": (0.1, 0.1), "kl_weight": 0.1, "by": "token"},
-    {"kl_weight": 0.1, "by": "constant"},
+    {"kl_weight": 0.1, "by": "constant", "reweigh_kl": False},
 ]
 
 # Rewards on a grid, so that sums are exact and equal means equal.
@@ -198,8 +198,29 @@ def test_values_and_gradients_of_the_kl_estimators(estimator):
     assert estimator == "k1" or (kl(log_p, reference, estimator=estimator) >= 0).all()
     pulls = {"k1": 0 * to_reference, "k2": to_reference, "k3": from_reference}
     (gradient,) = torch.autograd.grad(mean, logits, retain_graph=True)
-    (expected,) = torch.autograd.grad(pulls[estimator], logits)
+    (expected,) = torch.autograd.grad(pulls[estimator], logits, retain_graph=True)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_a_reweighed_kl_pulls_towards_the_reference():
+    logits = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-0.2, 0.4, 0.1], dtype=torch.float64).log_softmax(0)
+    log_p = logits.log_softmax(0)
+    mask = torch.ones(1, 1, 1, dtype=torch.bool)
+    losses = [
+        policy_loss(
+            log_p[a, None, None, None],
+            torch.zeros(1, 1),
+            mask,
+            reference_log_probs=reference[a, None, None, None],
+            kl_weight=2.0,
+        )
+        for a in range(3)
+    ]
+    mean = (log_p.exp().detach() * torch.stack(losses)).sum()
+    (gradient,) = torch.autograd.grad(mean, logits, retain_graph=True)
+    (of_kl,) = torch.autograd.grad((log_p.exp() * (log_p - reference)).sum(), logits)
+    torch.testing.assert_close(gradient, 2 * of_kl)
 
 
 # Losses.
@@ -220,7 +241,17 @@ def batch(seed=0, n_prompts=3, n_samples=4, n_tokens=5, dtype=torch.float64):
 
 
 def written_out(
-    new, advantages, mask, old, start, *, clip=None, kl_weight=0.0, by="sample", length=1
+    new,
+    advantages,
+    mask,
+    old,
+    start,
+    *,
+    clip=None,
+    kl_weight=0.0,
+    reweigh_kl=True,
+    by="sample",
+    length=1,
 ):
     """The loss as loops over prompts, samples and tokens."""
     samples, every = [], []
@@ -233,7 +264,8 @@ def written_out(
             if clip is not None:
                 value = min(value, min(max(ratio, 1 - clip[0]), 1 + clip[1]) * advantage)
             away = float(start[i, j, t] - new[i, j, t])
-            terms.append(-value + kl_weight * (math.exp(away) - away - 1))
+            k3 = (math.exp(away) - away - 1) * (ratio if reweigh_kl else 1)
+            terms.append(-value + kl_weight * k3)
         every += terms
         samples.append(sum(terms) / (len(terms) if by == "sample" else length))
     return sum(every) / len(every) if by == "token" else sum(samples) / len(samples)
@@ -346,10 +378,11 @@ def test_a_batch_in_parts_is_the_weighted_mean_of_its_parts():
 def test_kl_in_the_reward_is_the_log_ratio_of_the_whole_sample():
     new, advantages, mask, _, start = batch()
     rewards = penalised_rewards(advantages, new, start, mask, weight=0.5)
-    for i, j in itertools.product(range(3), range(4)):
-        log_ratio = sum(float(new[i, j, t] - start[i, j, t]) for t in range(int(mask[i, j].sum())))
-        assert float(rewards[i, j]) == pytest.approx(float(advantages[i, j]) - 0.5 * log_ratio)
     assert not rewards.requires_grad
+    away = (new - start).detach()
+    for i, j in itertools.product(range(3), range(4)):
+        log_ratio = sum(float(away[i, j, t]) for t in range(int(mask[i, j].sum())))
+        assert float(rewards[i, j]) == pytest.approx(float(advantages[i, j]) - 0.5 * log_ratio)
 
 
 # Input that cannot be.

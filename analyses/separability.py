@@ -41,6 +41,7 @@ from mechinterp.separability import (
     DECISION,
     INDICES,
     LATENTS,
+    MIN_BASE,
     Areas,
     PruningValues,
     changes,
@@ -179,10 +180,12 @@ def _rows(
 
 
 def _lost(value: Estimate, base: Estimate, nothing: float) -> Estimate:
-    """The share of `base` that is gone, counted from `nothing`; by the delta method."""
+    """The share of `base` that is gone, counted from `nothing`; by the delta method. NaN of next to
+    nothing, as of a decision that serves other costs before its readout is fitted again."""
     above = base.value - nothing
-    left = (value.value - nothing) / above if above else float("nan")
-    return Estimate(1 - left, (left * base.influence - value.influence) / (above or float("nan")))
+    above = above if above >= MIN_BASE else float("nan")
+    left = (value.value - nothing) / above
+    return Estimate(1 - left, (left * base.influence - value.influence) / above)
 
 
 def _pruning_values(

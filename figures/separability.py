@@ -29,10 +29,11 @@ CAPTION = (
     "importance for the decision (two columns on the left) or for the needed latents (the next "
     "two), the same share of either kind. Lost: the share of the intact network's value that is "
     "gone at the decision: of the decision its log score after an affine readout is fitted again, "
-    "of the needed latents the bits that fresh probes read. Thin lines: random components of equal "
-    "numbers, mean over draws and their range. Right: the separability index, 1 where pruning the "
-    "components of one costs the other no more than random pruning does, 0 where it costs both "
-    "alike; of each target, and of both together. Rows: what the pruned components carry instead, "
+    "of the needed latents the bits that fresh probes read (below 0: more than before). Thin "
+    "lines: random components of equal numbers, mean over draws and their range. Right: the "
+    "separability index, 1 where pruning the components of one costs the other no more than random "
+    "pruning does, 0 where it costs both alike, below 0 where it costs the other more; of each "
+    "target, and of both together. Rows: what the pruned components carry instead, "
     "their mean or their activation in another prompt."
 )
 NEEDS = {
@@ -77,6 +78,7 @@ def draw(
     figure, axes = style.grid(
         2, len(PANELS) + 1, row_height=1.6, width_ratios=[1.0] * len(PANELS) + [1.15]
     )
+    least = float(np.clip(lost["lost"].min(), -1, 0))
     summaries = []
     for row, (ablation, label) in enumerate(ABLATIONS.items()):
         here = where(lost, ablation=ablation)
@@ -88,8 +90,8 @@ def draw(
                 summaries.append(over_seeds(where(own, target=target), ["share"], "lost"))
                 style.curve(ax, summaries[-1], "share", looks[arm], markersize=3)
             _share_axis(ax)
-            ax.set_ylim(-0.12, 1.12)
-            ax.set_yticks([0, 0.5, 1])
+            ax.set_ylim(least - 0.12, 1.12)
+            ax.set_yticks([tick for tick in (-1, -0.5, 0, 0.5, 1) if tick >= least - 0.12])
             if ax is not axes[row, 0]:
                 ax.set_yticklabels([])
             if row == 0:

@@ -109,7 +109,7 @@ class AnalysisSpec(StrictModel):
     pruning_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (
         *(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
     )
-    pruning_draws: int = Field(5, ge=2)
+    pruning_draws: int = Field(8, ge=2)
     gradient_items: int = Field(2_048, ge=0)
     calibration_bins: int = Field(10, ge=2)
     max_layers: int = Field(12, ge=2)

@@ -46,7 +46,7 @@ FINDING := docs/findings/utility_weighted
 findings: $(READY)  ## hours: the finding's study, its claims, the tables and figures of its page
 	$(BIN)/mechinterp study $(UTILITY) --preset full --out results/utility_weighted
 	$(BIN)/mechinterp claims $(UTILITY) results/utility_weighted/tables --keep $(FINDING)/tables --page $(FINDING).md
-	for figure in claims dissociation speed gradients incentives; do \
+	for figure in claims dissociation speed gradients incentives verdicts; do \
 		$(BIN)/python -m figures.$$figure $(FINDING)/tables --out $(FINDING)/figures --formats png; done
 
 VALIDITY := docs/validity

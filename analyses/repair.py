@@ -55,7 +55,8 @@ class Repairs:
     layers "early", "late" or "all", part, rank), "weights" (all of them) or "refit" (`part` is its
     name); trained on `n_items`. `value` is the mean over draws, `lost` what AFTER lost against the
     reference (nats or utility) with its 95% interval over groups of items, `share` what was
-    regained of it, with a 95% interval over draws and items; NaN where `lost_low` is not above 0.
+    regained of it, with a 95% interval over draws and items; NaN where `lost_low` is not above 2%
+    of (reference - best constant).
 
     `reverse`: all weights on fresh items, by `start` and steps; `level` is the value above the best
     constant report's, as a share of the reference's, with its interval as above.

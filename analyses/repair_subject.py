@@ -25,6 +25,7 @@ from probes.logistic import fit_softmax
 from probes.measures import mean_estimate
 
 READOUTS = ("raw", "bias")
+MIN_LOST = 0.02  # of (reference - best constant): of less, a share says nothing
 UNKNOWN = (float("nan"),) * 3
 
 Values = Mapping[tuple[str, str], Float[Tensor, "*draws items"]]  # by currency and readout
@@ -53,8 +54,15 @@ class RepairSubject:
         )
         report = decisions.best_constant(target_of(items), symmetric_utility(task)).report.log()
         constant = values_of(report.expand(len(items), -1), items, task)
-        values = (values_of(s.action_logits, items, task) for s in (goal, start))
-        return cls(after, task, spec, items, *values, constant)
+        return cls(
+            after,
+            task,
+            spec,
+            items,
+            goal=values_of(goal.action_logits, items, task),
+            start=values_of(start.action_logits, items, task),
+            constant=constant,
+        )
 
     def values(self, run: Repair) -> Values:
         logits = run.action_logits(self.items.tokens, batch_size=self.spec.batch_size)
@@ -72,7 +80,9 @@ class RepairSubject:
             start, goal = self.start[currency, readout], self.goal[currency, readout]
             lost = mean_estimate(goal - start)
             low, high = lost.interval(groups)
-            share = share_regained(values, start, goal, groups) if low > 0 else UNKNOWN
+            unit = float((goal - self.constant[currency, readout]).mean())
+            is_loss = low > MIN_LOST * unit
+            share = share_regained(values, start, goal, groups) if is_loss else UNKNOWN
             yield {
                 "currency": currency,
                 "readout": readout,

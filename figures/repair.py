@@ -101,7 +101,7 @@ def draw(
             own = where(reverse, currency=currency, readout=readout)
             summaries += _reverse(panels[3], own, setting["arm"])
             panels[3].set_ylabel("Value (%)")
-    titles = ("by steps", "by rank", "by place", "all weights, fresh items")
+    titles = ("by steps", "by rank", "by place", "on fresh items")
     for ax, title in zip(axes[0], titles, strict=False):
         ax.set_title(title)
     names = ("Steps", "Rank", "Regained (%)", "Steps")

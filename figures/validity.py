@@ -117,7 +117,7 @@ def _draw_sensitivity(ax: Axes, sensitivity: pd.DataFrame) -> None:
             linewidth=0.8,
         )
     titles = [_range(low, high) for low, high in bins]
-    ax.set_xticks(range(len(bins)), titles, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_xticks(range(len(bins)), titles, rotation=90)
     from_here = [i for i, (low, _) in enumerate(bins) if 100 * low >= JUDGED_FROM - 1e-9]
     if from_here:
         ax.axvline(from_here[0] - 0.5, color=style.GREY, linewidth=0.6, linestyle=":")

@@ -15,6 +15,8 @@ from mechinterp.arm_verdicts import arm_verdicts
 from mechinterp.files import write_table
 from mechinterp.randomness import derive_rng
 from mechinterp.seed_measures import seed_measures
+from mechinterp.validation import ValidationSpec
+from mechinterp.validity import validity_tables
 
 STUDY_ARMS = (
     "symmetric",
@@ -110,7 +112,40 @@ def study_tables(
         "verdicts": arm_verdicts(judged, margin=0.05, seeds_for_claims=2),
         "claims": pd.DataFrame(_claims(tasks, regimes, arms)),
         "measures": seed_measures({"losses": losses, "losses_in_full": full}),
+        **_validity(),
     }
+
+
+def _validity() -> dict[str, pd.DataFrame]:
+    """A validation study's: sensitivity grows with the cost, and one pair in ten is missed."""
+    pairs = []
+    for side, cost, seed in itertools.product(
+        ("choosing", "learning", "both", "discarded", "none"), (0.01, 0.04, 0.15, 0.5), range(4)
+    ):
+        lost = 0.0 if side == "none" else cost * (1 + 0.1 * seed)
+        choosing = {"choosing": 1.0, "both": 0.5}.get(side, 0.0) * lost
+        said = side if lost > 0.05 and side != "discarded" else "none"
+        pairs.append(
+            {
+                "half": "held_out",
+                "kind": side,
+                "network": "triage",
+                "seed": seed,
+                "side": side,
+                "verdict": "inconclusive" if seed == 3 and cost == 0.15 else said,
+                "competent": True,
+                "cost_utility": lost,
+                "cost_utility_choosing": choosing,
+                "cost_log_score": 1.5 * lost,
+                "cost_log_score_choosing": 1.5 * choosing,
+                "choosing": 1.4 * choosing,
+                "learning": 0.0 if side == "discarded" else 1.4 * (lost - choosing),
+                "discarded": 1.4 * lost if side == "discarded" else 0.0,
+                "discarded_state": "damaged" if side == "discarded" and cost > 0.05 else "intact",
+            }
+        )
+    spec = ValidationSpec(name="v", seeds=1, networks={}, development={}, held_out={})
+    return validity_tables(pd.DataFrame(pairs), spec)
 
 
 def pair_tables(
@@ -132,6 +167,8 @@ def pair_tables(
         del study[name]
     tables = {}
     for name, table in study.items():
+        if "arm" not in table:  # a validation study's
+            continue
         table = table[(table["arm"] != "before") & (table["step"] > 0)].assign(regime="pair")
         table["arm"] = table["arm"].map(stand_ins)
         if name in ("crossing", "cross_checkpoint", "patching"):

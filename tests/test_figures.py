@@ -102,11 +102,11 @@ def assert_fit_for_print(figure) -> None:
 
 @pytest.mark.parametrize("name", [name for name in figures.NAMES if name != "speed"])
 def test_fit_for_print(name, study):
-    one_task = {name: t[t["task"] == "digits"] for name, t in study.items()}
+    one_task = {table: t[t["task"] == "digits"] if "task" in t else t for table, t in study.items()}
     assert_fit_for_print(draw(name, one_task))
 
 
-OF_STUDIES = ("claims", "verdicts", "speed")
+OF_STUDIES = ("claims", "verdicts", "speed", "validity")
 
 
 @pytest.mark.parametrize("name", [name for name in figures.NAMES if name not in OF_STUDIES])
@@ -907,7 +907,7 @@ def test_files_are_named_after_figure_and_task(drawn):
         "repair_triage",
         *("representation_triage", "recovery_triage"),
         *("cross_checkpoint", "crossing_triage", "crossing_triage_stitched"),
-        *("grafts", "circuits", "calibration", "incentives"),
+        *("grafts", "circuits", "calibration", "incentives", "validity"),
     ]
     assert list(drawn.skipped) == ["speed"]  # nothing was trained from init
     assert all(figures.caption(stem) for stem in drawn.written)

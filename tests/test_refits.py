@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from mechinterp import folding, lesions, refits, tasks
+from mechinterp import folding, refits, tasks
 from mechinterp.decisions import diagonal_utility, log_score
 from mechinterp.errors import AnalysisError
 from mechinterp.refits import ActionReadout

@@ -12,6 +12,7 @@ from mechinterp.arm_names import kind_and_weights
 from mechinterp.errors import SpecError
 from mechinterp.spec import load_study, load_task
 from mechinterp.study_plan import arms_of, make_plan
+from mechinterp.validation import load_validation, make_validation_plan
 
 MAIN = Path(__file__).parents[1] / "studies" / "main.yaml"
 UTILITY = MAIN.with_name("utility_weighted.yaml")
@@ -118,8 +119,11 @@ def test_a_preset_may_leave_tasks_out(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(MAIN.parent.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_study_that_is_shipped_can_be_planned(path):
-    for preset in (None, "quick", "full"):
+@pytest.mark.parametrize("preset", [None, "quick", "full"])
+def test_every_study_that_is_shipped_can_be_planned(path, preset):
+    if path.stem == "validation":
+        assert make_validation_plan(load_validation(path, preset=preset)).steps
+    else:
         assert make_plan(load_study(path, preset=preset)).steps
 
 

@@ -22,7 +22,7 @@ TABLES = {
     *("calibration", "calibration_summary", "competence", "contrasts", "cross_checkpoint"),
     *("crossing", "ladder", "ladder_in_full", "losses", "losses_in_full", "patching", "probes"),
     *("gradients", "gradients_latents", "gradients_posterior", "incentives", "measures"),
-    "training",
+    *("training", "verdicts"),
 }
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -26,8 +26,8 @@ CAPTION = (
     "utility between the best constant action and the oracle, and for pairs without damage; "
     "shade: share of the row. Middle: share of right verdicts by the utility that the damage "
     "costs (on both sides: the smaller one); bars: 95% Clopper-Pearson intervals, which take pairs "
-    "as independent although they share networks. Right: the increase of the loss on the damaged side (on each, where both "
-    "were) against the true size, what the network's own decision loses in log score on other "
+    "as independent although they share networks. Right: the increase of the loss on the "
+    "damaged side (on each, where both were) against the true size, what the network's own decision loses in log score on other "
     "items, as % of oracle − constant; line: equal."
 )
 NEEDS = {

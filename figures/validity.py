@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTION = (
-    "Verdicts on damage of known kind, of kinds that were not seen while the rule was made. Left: "
-    "what was done (rows) against what was said, for pairs that lost at least a tenth of the "
-    "utility between the best constant action and the oracle, and for pairs without damage; "
+    "Verdicts on damage of known kind, of kinds that were not seen while the rule was made. "
+    "Left: what was done (rows) against what was said, for pairs that lost at least a tenth of "
+    "the utility between the best constant action and the oracle, and for pairs without damage; "
     "shade: share of the row. Middle: share of right verdicts by the utility that the damage "
-    "costs (on both sides: the smaller one); bars: 95% Clopper-Pearson intervals, which take pairs "
-    "as independent although they share networks. Right: the increase of the loss on the "
-    "damaged side (on each, where both were) against the true size, what the network's own decision loses in log score on other "
-    "items, as % of oracle − constant; line: equal."
+    "costs (on both sides: the smaller one); bars: 95% Clopper-Pearson intervals, which take "
+    "pairs as independent although they share networks. Right: the increase of the loss on the "
+    "damaged side (on each, where both were) against the true size, what the network's own "
+    "decision loses in log score on other items, as % of oracle − constant; line: equal."
 )
 NEEDS = {
     "pairs": (

@@ -32,7 +32,7 @@ def measure_calibration(
     is biased upwards by chance alone; `ece_floor` is what a perfectly calibrated report would score
     on average, and `ece_debiased` what is left without it (see `probes.calibration`).
     """
-    target = items.labels if items.posterior is None else items.posterior
+    target = items.target
     predicted = streams.action_logits.softmax(1)[:, -1]
     bins = equal_width_bins(predicted, n_bins)
     diagrams, summary = [], []

@@ -94,7 +94,7 @@ def _cross_all(
                     else None,
                 )
     verdict_cut = find_verdict_cut(before, task, spec=spec)
-    target = items.labels if items.posterior is None else items.posterior
+    target = items.target
     shifts = {name: action_shift(model, len(task.actions)) for name, model in models.items()}
     for cost, utility in costs.items():
         scale = value_scale(target, utility)
@@ -173,7 +173,7 @@ def find_verdict_cut(before: HookedModel, task: Task, *, spec: AnalysisSpec) -> 
     folds = grouped_folds(items.groups, items.labels, n_folds=spec.ladder_folds, seed=spec.seed)
     symmetric = decisions.diagonal_utility([1.0] * len(task.actions))
     weights = decisions.action_weights(items.labels, symmetric)
-    target = items.labels if items.posterior is None else items.posterior
+    target = items.target
     constant = decisions.best_constant(target, symmetric).value.log_score
     nothing = torch.zeros(len(items), len(task.actions))
     gains = {}

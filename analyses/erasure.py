@@ -182,7 +182,7 @@ def _decision(
     action_logits: Float[Tensor, "items actions"], items: Items, task: Task
 ) -> Mapping[str, Float[Tensor, " items"]]:
     """Measures of a decision, per item."""
-    target = items.labels if items.posterior is None else items.posterior
+    target = items.target
     chosen = items.likeliest_label[:, None]
     others = action_logits.scatter(1, chosen, -torch.inf).logsumexp(1)
     return {

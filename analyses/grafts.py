@@ -53,7 +53,7 @@ def measure_grafts(
     """
     check_fits(before, task)
     items = task.sample(spec.graft_items, seed=spec.seed, split="test")
-    target = items.labels if items.posterior is None else items.posterior
+    target = items.target
     n_actions = len(task.actions)
     grafts = graft_components(
         before,

@@ -100,7 +100,7 @@ def measure_ladder(
     """The ladder at each of `costs`. `beliefs` (see `latent_beliefs`) split learning in two."""
     folds = ladder_folds(items, spec)
     readable = readable_streams(streams)
-    target = items.labels if items.posterior is None else items.posterior
+    target = items.target
     ladders = {}
     for name, utility in costs.items():
         readouts = fit_readouts(

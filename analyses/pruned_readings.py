@@ -65,7 +65,7 @@ class Reading:
             spec.seed,
             names=list(stratified),
         )
-        target = items.labels if items.posterior is None else items.posterior
+        target = items.target
         report = decisions.best_constant(target, task.utility).report.log()
         constant = _values(report.expand(len(items), -1), target, task.utility)
         if items.posterior is None:
@@ -93,7 +93,7 @@ class Reading:
             for layer, x in normed.items()
         }
         refit = self._refit(normed[final], logits)
-        target = items.labels if items.posterior is None else items.posterior
+        target = items.target
         found: Left = {}
         for ending, report in (("", logits), ("_refit", refit)):
             for name, value in _values(report, target, task.utility).items():

@@ -52,7 +52,7 @@ class RepairSubject:
             read_streams(model, items, task, batch_size=spec.batch_size, max_layers=1)
             for model in (reference, after)
         )
-        report = decisions.best_constant(target_of(items), symmetric_utility(task)).report.log()
+        report = decisions.best_constant(items.target, symmetric_utility(task)).report.log()
         constant = values_of(report.expand(len(items), -1), items, task)
         return cls(
             after,
@@ -127,7 +127,7 @@ def share_regained(
 def values_of(action_logits: Float[Tensor, "items actions"], items: Items, task: Task) -> Values:
     """Per item, at symmetric costs. The best bias is fitted on these items: one number to spoil
     thousands."""
-    target, utility = target_of(items), symmetric_utility(task)
+    target, utility = items.target, symmetric_utility(task)
     weights = decisions.action_weights(target, utility)
     nothing = torch.zeros(len(items), 1, dtype=torch.float64)
     bias = fit_softmax(nothing, weights, l2=1.0, offset=action_logits.double()).intercept
@@ -140,10 +140,6 @@ def values_of(action_logits: Float[Tensor, "items actions"], items: Items, task:
 
 def stack_draws(draws: Sequence[Values]) -> dict[tuple[str, str], Float[Tensor, "draws items"]]:
     return {key: torch.stack([draw[key] for draw in draws]) for key in draws[0]}
-
-
-def target_of(items: Items) -> decisions.Target:
-    return items.labels if items.posterior is None else items.posterior
 
 
 def symmetric_utility(task: Task) -> decisions.Utility:

@@ -81,7 +81,7 @@ def raw_value(model: HookedModel, task: Task, *, spec: AnalysisSpec) -> pd.DataF
     """One row: mean utility and log score of the network's own decision on validation items."""
     items = task.sample(spec.ladder_items, seed=spec.seed, split="validation")
     streams = read_streams(model, items, task, batch_size=spec.batch_size)
-    target = items.labels if items.posterior is None else items.posterior
+    target = items.target
     value = decisions.value(streams.action_logits, target, task.utility)
     return pd.DataFrame({"utility": [value.utility], "log_score": [value.log_score]})
 

@@ -174,8 +174,8 @@ def simulate(
             hits[name] += PROCEDURES[name][1](trial)
     rows = []
     for name, count in hits.items():
-        exact = stats.binomtest(count, n_trials).proportion_ci(method="exact")
-        rows.append((name, PROCEDURES[name][0], count / n_trials, exact.low, exact.high))
+        interval = statistics.proportion_interval(count, n_trials)
+        rows.append((name, PROCEDURES[name][0], count / n_trials, *interval))
     table = pd.DataFrame(rows, columns=["procedure", "nominal", "rate", "low", "high"])
     return table.assign(scenario=scenario, n_seeds=n_seeds, n_items=n_items)
 

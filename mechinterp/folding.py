@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -26,10 +26,17 @@ def untied_copy(model: PreTrainedModel) -> Any:
 
 def constant_direction(normed: Float[Tensor, "items d_model"]) -> Float[Tensor, " d_model"]:
     """The least-squares direction whose product with every row is 1, a little ridged."""
-    x = normed.double()
+    return least_squares_direction(normed, torch.ones(len(normed))).to(normed)
+
+
+def least_squares_direction(
+    x: Float[Tensor, "items d_model"], target: Float[Tensor, " items"] | Int[Tensor, " items"]
+) -> Float[Tensor, " d_model"]:
+    """The float64 direction whose product with every row is nearest `target`, a little ridged."""
+    x = x.double()
     gram = x.T @ x / len(x)
     ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    return torch.linalg.solve(gram + ridge, x.mean(0)).to(normed)
+    return torch.linalg.solve(gram + ridge, x.T @ target.double() / len(x))
 
 
 def check_plain(matrix: nn.Linear) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field
 from mechinterp import files, tasks
 from mechinterp.checkpoints.provenance import library_versions
 from mechinterp.errors import ModelError, SpecError, TaskError
-from mechinterp.lesions import parse_doses, side_of
+from mechinterp.lesions import LESIONS, parse_doses, side_of
 from mechinterp.spec import StrictModel, check, known_keys, overlay, read_yaml
 from mechinterp.steps import Step, remove_remains
 from mechinterp.training.config import ModelConfig, TrainingConfig
@@ -148,8 +148,7 @@ def make_validation_plan(spec: ValidationSpec) -> ValidationPlan:
             }
             for half, kind, dose in spec.kinds():
                 before, after = controls.get(dose, (base, base))
-                appended = kind == "discard"
-                reference = _reference(spec, network, before, [APPENDED] if appended else [])
+                reference = _reference(spec, network, before, [APPENDED] if _appends(dose) else [])
                 references[reference.key] = reference
                 pair = _pair(spec, network, after, reference, dose, half, kind)
                 runs += [before, after]
@@ -257,6 +256,13 @@ def _measured(spec: ValidationSpec, network: Network, run: Step) -> dict[str, An
         "analysis": {"ladder_items": spec.items},
         "step": run.inputs["training"]["n_steps"],
     }
+
+
+def _appends(dose: str) -> bool:
+    """Whether the network after has one more block than the one before."""
+    if dose in CONTROLS:
+        return False
+    return any(LESIONS[name].side == "discarded" for name, _ in parse_doses(dose))
 
 
 def _gate(spec: ValidationSpec, network: Network, run: Step) -> Step:

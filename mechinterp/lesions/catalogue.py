@@ -180,8 +180,9 @@ def damage(
         raise ModelError("lesions: put those of learning before those of choosing")
     model: Any = subject.model.model
     for dose in doses:
+        if model is not subject.model.model:
+            subject = subject.with_model(model)
         model = LESIONS[dose.lesion].make(subject, dose.amount, generator)
-        subject = subject.with_model(model)
     return model
 
 

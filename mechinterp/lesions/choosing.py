@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mechinterp.errors import ModelError
-from mechinterp.folding import constant_direction, untied_copy
+from mechinterp.folding import constant_direction, least_squares_direction, untied_copy
 from mechinterp.lesions.subject import Subject
 
 GATE = 4.0  # how far into SiLU's linear part a gate of ±1 reaches
@@ -115,10 +114,10 @@ def swap_for_subgroup(subject: Subject, latent: str, share: float) -> LlamaForCa
         raise ModelError("swap_for_subgroup: needs two actions and a latent of two values")
     lesioned = untied_copy(subject.model.model)
     mlp = lesioned.model.layers[-1].mlp
-    x = subject.mlp_input.double()
+    x = subject.mlp_input
     difference = subject.logits[:, 1] - subject.logits[:, 0]
-    gate = _least_squares(x, 2.0 * member - 1.0)
-    up = _least_squares(x, difference)
+    gate = least_squares_direction(x, 2.0 * member - 1.0)
+    up = least_squares_direction(x, difference)
     unused = subject.least_used_direction
     neuron = int(_neuron_sizes(mlp, subject.mlp_input).argmin())
     length = subject.residual.norm(dim=1).mean()
@@ -171,15 +170,6 @@ def rewire_decision(subject: Subject, share: float) -> LlamaForCausalLM:
 
 def _final_gain(model: Any) -> Float[Tensor, " d_model"]:
     return model.model.norm.weight.detach().double()
-
-
-def _least_squares(
-    x: Float[Tensor, "items d_model"], target: Float[Tensor, " items"] | Int[Tensor, " items"]
-) -> Float[Tensor, " d_model"]:
-    """The direction whose product with every row is nearest `target`, a little ridged."""
-    gram = einsum(x, x, "items i, items j -> i j") / len(x)
-    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram + ridge, x.T @ target.to(x) / len(x))
 
 
 @torch.no_grad()

@@ -123,8 +123,7 @@ def refit_decision(subject: Subject, model: PreTrainedModel) -> LlamaForCausalLM
     Fitted to the posterior where the task knows it, else to labels.
     """
     normed = subject.normed_of(model)
-    target = subject.items.labels if subject.items.posterior is None else subject.items.posterior
-    best = refits.retrain_exactly(normed, target, utility=subject.task.utility)
+    best = refits.retrain_exactly(normed, subject.items.target, utility=subject.task.utility)
     return refits.fold(model, subject.task.actions, best, normed=normed)
 
 

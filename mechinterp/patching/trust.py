@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import AnalysisError
+from mechinterp.statistics import proportion_interval
 
 if TYPE_CHECKING:
     from mechinterp.patching.attribution_result import Attribution
@@ -161,8 +162,7 @@ def measure_trust(
     n_missed = int((sampled > np.abs(y[chosen]).min()).sum()) if chosen.any() else 0
     interval = (np.nan, np.nan)
     if len(sampled) and chosen.any():
-        proportion = stats.binomtest(n_missed, len(sampled)).proportion_ci(level, method="exact")
-        interval = (float(proportion.low), float(proportion.high))
+        interval = proportion_interval(n_missed, len(sampled), level=level)
     if not signed:
         x, y = np.abs(x), np.abs(y)
 

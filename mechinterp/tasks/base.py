@@ -43,6 +43,11 @@ class Items:
         return len(self.tokens)
 
     @property
+    def target(self) -> Tensor:
+        """What decisions are scored against: the posterior where that is known, else the labels."""
+        return self.labels if self.posterior is None else self.posterior
+
+    @property
     def likeliest_label(self) -> Int[Tensor, " items"]:
         """The label with the largest posterior, where that is known, else the label itself."""
         return self.labels if self.posterior is None else self.posterior.argmax(1)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from jaxtyping import Float, Int
+from einops import repeat
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from mechinterp.contexts import padding_arguments
 from mechinterp.errors import ModelError
 
+Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
 
-@torch.no_grad()
+
 def generate(
     model: PreTrainedModel,
     tokens: Int[Tensor, "batch pos"],
@@ -29,37 +33,111 @@ def generate(
     """
     if temperature < 0:
         raise ModelError(f"temperature: expected 0 (greedy) or more, got {temperature}")
-    if attention_mask is not None and not attention_mask[:, -1].all():
-        raise ModelError("attention_mask: prompts to be continued must be padded on the left")
-    cache = DynamicCache(config=model.config)
-    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    new = tokens
-    for _ in range(max_new_tokens):
-        arguments = padding_arguments(attention_mask)
-        if arguments:
-            arguments["position_ids"] = arguments["position_ids"][:, -new.shape[1] :]
-        output = model(
-            input_ids=new, **arguments, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        sampled = _sample(output.logits[:, -1], temperature, generator)
-        if eos_token_id is not None:
-            sampled = sampled.masked_fill(ended, eos_token_id)
-            ended |= sampled == eos_token_id
-        new = sampled[:, None]
-        tokens = torch.cat([tokens, new], dim=1)
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)
-        if ended.all():
+
+    def choose(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
+        if temperature == 0:
+            return logits.argmax(-1)
+        return draw((logits.float() / temperature).softmax(-1), generator)
+
+    new = decode(
+        model,
+        tokens,
+        attention_mask,
+        choose,
+        max_new_tokens=max_new_tokens,
+        end_token=eos_token_id,
+    )
+    return torch.cat([tokens, new], dim=1)
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Mask | None,
+    choose: Callable[[Float[Tensor, "rows vocab"]], Int[Tensor, " rows"]],
+    *,
+    n_samples: int = 1,
+    max_new_tokens: int,
+    end_token: int | None,
+) -> Int[Tensor, "rows new"]:
+    """What `choose` picks, token by token, from the logits of `n_samples` rows of every prompt.
+
+    A prompt is run once, and its keys and values are repeated for its rows. Ends when all rows
+    have ended; a row that has is filled up with `end_token`. Raises ModelError for prompts padded
+    on the right.
+    """
+    prompts = Prompts(model, tokens, mask, n_samples=n_samples)
+    logits = prompts.logits
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    chosen: list[Int[Tensor, " rows"]] = []
+    for n_chosen in range(1, max_new_tokens + 1):
+        picked = choose(logits)
+        if end_token is not None:
+            picked = picked.masked_fill(ended, end_token)
+            ended |= picked == end_token
+        chosen.append(picked)
+        if n_chosen == max_new_tokens or ended.all():
             break
-    return tokens
+        logits = prompts.go_on(picked[:, None])[:, -1]
+    return torch.stack(chosen, dim=1)
 
 
-def _sample(
-    logits: Float[Tensor, "batch vocab"], temperature: float, generator: torch.Generator | None
+class Prompts:
+    """Prompts that were run once, to be continued by `n_samples` rows each.
+
+    `logits` [rows vocab] are those of the first new token; rows of one prompt stand together. With
+    gradients enabled they flow through the keys and values into the prompt.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Mask | None,
+        *,
+        n_samples: int = 1,
+    ) -> None:
+        if mask is not None and not mask[:, -1].all():
+            raise ModelError("attention_mask: prompts to be continued must be padded on the left")
+        if mask is not None and mask.all():
+            mask = None  # Hugging Face does less without one
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        arguments = padding_arguments(None if mask is None else mask.long())
+        logits = self._run(tokens, arguments, logits_to_keep=1)
+        if n_samples > 1:
+            self._cache.batch_repeat_interleave(n_samples)
+        self.logits = _for_rows(logits[:, -1], n_samples)
+        self._mask = None if mask is None else _for_rows(mask.long(), n_samples)
+
+    def go_on(self, new: Int[Tensor, "rows new"]) -> Float[Tensor, "rows new vocab"]:
+        """Logits after each of `new`, which follow what the rows have so far."""
+        if self._mask is None:
+            return self._run(new, {})
+        self._mask = torch.cat([self._mask, torch.ones_like(new)], dim=1)
+        arguments = padding_arguments(self._mask)
+        arguments["position_ids"] = arguments["position_ids"][:, -new.shape[1] :]
+        return self._run(new, arguments)
+
+    def _run(
+        self, tokens: Int[Tensor, "rows new"], arguments: dict[str, Tensor], **options: int
+    ) -> Float[Tensor, "rows kept vocab"]:
+        output = self._model(
+            input_ids=tokens, **arguments, **options, past_key_values=self._cache, use_cache=True
+        )
+        return output.logits
+
+
+def draw(
+    probabilities: Float[Tensor, "batch vocab"], generator: torch.Generator | None
 ) -> Int[Tensor, " batch"]:
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
+    """One token of each row, on the row's device whatever the generator's."""
+    device = probabilities.device
     if generator is not None:
         probabilities = probabilities.to(generator.device)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
+
+
+def _for_rows(values: Tensor, n_samples: int) -> Tensor:
+    return repeat(values, "batch ... -> (batch samples) ...", samples=n_samples)

@@ -9,7 +9,16 @@ from typing import Annotated, Any, Optional
 import typer
 
 from mechinterp import cli_analyses, cli_validation
-from mechinterp.cli_options import Checkpoint, Control, Out, Task, Threads
+from mechinterp.cli_options import (
+    Checkpoint,
+    Control,
+    Out,
+    Preset,
+    Task,
+    Threads,
+    Workers,
+    command_line,
+)
 
 app = typer.Typer(
     help="Did a training run damage what a network represents, or what it does with it?",
@@ -35,11 +44,8 @@ def study(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Directory for tables, figures and report. Default: results/<spec>."),
     ] = None,
-    preset: Annotated[Optional[str], typer.Option(help="One of the spec's presets.")] = None,  # noqa: UP045
-    workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Processes, one thread each. Default: the processors.", min=1),
-    ] = None,
+    preset: Preset = None,
+    workers: Workers = None,
 ) -> None:
     """Train the arms of a study, measure every checkpoint, write tables, figures and a report.
 
@@ -54,7 +60,7 @@ def study(
         out=out or Path("results", spec.stem),
         preset=preset,
         n_workers=workers or os.cpu_count() or 1,
-        command=_command(),
+        command=command_line(),
     )
     print(report)
 
@@ -151,7 +157,7 @@ def compare(
         control=control,
         costs=costs,
         margin=margin,
-        command=_command(),
+        command=command_line(),
         attn_implementation=attention,
     )
     is_damage = verdict.verdict not in ("none", "inconclusive")
@@ -249,10 +255,6 @@ def _tables(directory: Path) -> Path:
     if not (directory / "tables").is_dir():
         raise AnalysisError(f"{directory}: has no tables/; give the --out of a study or compare")
     return directory / "tables"
-
-
-def _command() -> str:
-    return " ".join(["mechinterp", *sys.argv[1:]])
 
 
 def main(arguments: list[str] | None = None) -> Any:

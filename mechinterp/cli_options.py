@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -17,4 +18,14 @@ Control = Annotated[
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint directory.")]
 After = Annotated[Optional[Path], typer.Argument(help="A second checkpoint, to compare.")]  # noqa: UP045
+Preset = Annotated[Optional[str], typer.Option(help="One of the spec's presets.")]  # noqa: UP045
+Workers = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Processes, one thread each. Default: the processors.", min=1),
+]
 Threads = Annotated[int, typer.Option(help="Threads for tensor arithmetic.", min=1)]
+
+
+def command_line() -> str:
+    """The command as it was typed, for manifests."""
+    return " ".join(["mechinterp", *sys.argv[1:]])

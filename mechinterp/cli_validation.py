@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mechinterp.cli_options import Checkpoint, Task
+from mechinterp.cli_options import Checkpoint, Preset, Task, Workers, command_line
 
 app = typer.Typer()
 
@@ -63,11 +63,8 @@ def validate(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Directory for tables and figures. Default: results/<spec>."),
     ] = None,
-    preset: Annotated[Optional[str], typer.Option(help="One of the spec's presets.")] = None,  # noqa: UP045
-    workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Processes, one thread each. Default: the processors.", min=1),
-    ] = None,
+    preset: Preset = None,
+    workers: Workers = None,
     keep: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for a copy of the tables, for a page."),
@@ -81,8 +78,6 @@ def validate(
 
     Whatever is done is not done again: the same command goes on after an interruption.
     """
-    import sys
-
     from mechinterp.files import write_table
     from mechinterp.validation import run_validation
     from mechinterp.validity import fill_validity_page, rates_text
@@ -92,7 +87,7 @@ def validate(
         out=out or Path("results", spec.stem),
         preset=preset,
         n_workers=workers or os.cpu_count() or 1,
-        command=" ".join(["mechinterp", *sys.argv[1:]]),
+        command=command_line(),
     )
     if keep is not None:
         for name, table in tables.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mechinterp import files
-from mechinterp.checkpoints.provenance import library_versions
+from mechinterp.checkpoints.provenance import versions_and_machine
 from mechinterp.disagreements import disagreements
 from mechinterp.errors import SpecError
 from mechinterp.spec import TaskSpec
@@ -104,8 +103,7 @@ def compare(
             for arm, model in pair.models.items()
             if model.checkpoint
         },
-        "versions": {**library_versions(), "python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+        **versions_and_machine(),
         "seconds": seconds,
         "not_powered": [
             "One pair: the intervals are over items and speak of these two networks. A claim about "

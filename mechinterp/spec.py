@@ -6,7 +6,7 @@ Unknown keys, wrong types and missing tasks are refused with one line that names
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -47,10 +47,17 @@ PatchGrain = Literal[
     "neuron",
 ]
 SpecType = TypeVar("SpecType", bound="StrictModel")
+PresetsType = TypeVar("PresetsType", bound="SpecWithPresets")
 
 
 class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpecWithPresets(StrictModel):
+    """A whole file, and by name what is laid over it: other sizes of the same study."""
+
+    presets: dict[str, dict[str, Any]] = {}
 
 
 def known_keys(dataclass: type) -> BeforeValidator:
@@ -191,7 +198,7 @@ class Claim(StrictModel):
     regimes: tuple[Regime, ...] = Field((), description="none: all")
 
 
-class StudySpec(StrictModel):
+class StudySpec(SpecWithPresets):
     """One finding: tasks x regimes x arms x seeds, and what is measured on each checkpoint.
 
     `weights` maps a name such as "1.8" to the worth of each label; it makes the arms ex_post_1.8
@@ -215,7 +222,6 @@ class StudySpec(StrictModel):
     competence: float = Field(0.9, gt=0, le=1)
     seeds_for_claims: int = Field(8, ge=2)
     claims: dict[str, Claim] = {}
-    presets: dict[str, dict[str, Any]] = {}
 
     def weights_of(self, task: str) -> dict[str, Weights]:
         """The weightings that a task is trained for."""
@@ -285,30 +291,40 @@ def load_task(source: str | Path, *, changes: Mapping[str, Any] | None = None) -
     return check(TaskSpec, read_yaml(source), source=source)
 
 
+def load_with_preset(model: type[PresetsType], path: str | Path, preset: str | None) -> PresetsType:
+    """The file at `path` as a `model`, one of its presets laid over it; raises SpecError."""
+    raw = read_yaml(path)
+    spec = check(model, raw, source=path)
+    if preset is None:
+        return spec
+    if preset not in spec.presets:
+        known = ", ".join(spec.presets) or "none"
+        raise SpecError(f"{path}: presets: no preset {preset!r}; it has: {known}")
+    return check(model, overlay(raw, spec.presets[preset]), source=f"{path} ({preset})")
+
+
+def chosen(only: Sequence[str], known: Mapping[str, Any], *, source: str | Path) -> list[str]:
+    """The names of `only`, or all that are `known` where it is empty; raises SpecError."""
+    if unknown := [name for name in only if name not in known]:
+        raise SpecError(f"{source}: only: no {unknown[0]!r}; there are: {', '.join(known)}")
+    return [name for name in known if name in (only or known)]
+
+
 def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
     """A study spec with one of its presets laid over it; raises SpecError."""
-    raw = read_yaml(path)
-    spec = check(StudySpec, raw, source=path)
-    if preset is not None:
-        if preset not in spec.presets:
-            known = ", ".join(spec.presets) or "none"
-            raise SpecError(f"{path}: presets: no preset {preset!r}; it has: {known}")
-        spec = check(StudySpec, overlay(raw, spec.presets[preset]), source=f"{path} ({preset})")
-    if unknown := [name for name in spec.only if name not in spec.tasks]:
-        raise SpecError(
-            f"{path}: only: no task {unknown[0]!r}; the study has: {', '.join(spec.tasks)}"
-        )
+    spec = load_with_preset(StudySpec, path, preset)
+    names = chosen(spec.only, spec.tasks, source=path)
     kept = {
-        name: task
-        for name, task in spec.tasks.items()
-        if name in (spec.only or spec.tasks) and not _lacks_its_file(path, name, task)
+        name: spec.tasks[name]
+        for name in names
+        if not _lacks_its_file(path, name, spec.tasks[name])
     }
     spec = spec.model_copy(update={"tasks": kept})
     for name, task in spec.tasks.items():
-        for chosen in task.weights:
-            if chosen not in spec.weights:
+        for label in task.weights:
+            if label not in spec.weights:
                 raise SpecError(
-                    f"{path}: tasks.{name}.weights: no weights {chosen!r}; the study has: "
+                    f"{path}: tasks.{name}.weights: no weights {label!r}; the study has: "
                     f"{', '.join(spec.weights)}"
                 )
         try:

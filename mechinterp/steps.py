@@ -8,14 +8,15 @@ again, and a study that was killed goes on where it stopped.
 from __future__ import annotations
 
 import shutil
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechinterp.files import atomic_directory, read_json, value_hash, write_json, write_table
-from mechinterp.training.pool import Job
+from mechinterp.training.pool import Job, run_jobs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -264,6 +265,21 @@ def remove_remains(out: Path) -> None:
     """What a run that was killed left half-written."""
     for remains in (out / "steps").glob("*/.*.tmp-*"):
         shutil.rmtree(remains)
+
+
+def run_missing(steps: Sequence[Step], out: Path, *, n_workers: int, name: str) -> int:
+    """Do the steps that are not yet done, and say how many they were."""
+    missing = [step for step in steps if not step.is_done(out)]
+    remove_remains(out)
+    if missing:
+        done = len(steps) - len(missing)
+        print(
+            f"{name}: {len(missing)} steps to do, {done} done before, {n_workers} at a time",
+            file=sys.stderr,
+        )
+        for _ in run_jobs([s.job(out) for s in missing], n_workers=n_workers, label=name):
+            pass
+    return len(missing)
 
 
 def write_step(

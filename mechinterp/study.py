@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from dataclasses import asdict
@@ -11,10 +10,10 @@ from typing import Any
 
 from mechinterp import files
 from mechinterp.arms import CONTROL
-from mechinterp.checkpoints.provenance import library_versions
+from mechinterp.checkpoints.provenance import versions_and_machine
 from mechinterp.decisions import diagonal_utility, ex_post_shift
 from mechinterp.spec import StudySpec, StudyTask, Weights, load_study
-from mechinterp.steps import Step, checkpoint_path, remove_remains
+from mechinterp.steps import checkpoint_path, run_missing
 from mechinterp.study_plan import Plan, make_plan
 from mechinterp.training.pool import Job, run_jobs
 
@@ -34,10 +33,13 @@ def run_study(
     spec = load_study(path, preset=preset)
     out = Path(out)
     plan = make_plan(spec)
-    missing = [step for step in plan.steps if not step.is_done(out)]
-    seconds = _run(missing, plan, out, n_workers)
+    begun = time.monotonic()
+    if not all(step.is_done(out) for step in plan.steps):
+        _link_runs(plan, out)
+    n_run = run_missing(plan.steps, out, n_workers=n_workers, name=plan.spec.name)
+    seconds = time.monotonic() - begun
     digest = files.value_hash([step.key for step in plan.steps])
-    if missing or not _is_assembled(out, digest):
+    if n_run or not _is_assembled(out, digest):
         _assemble(
             plan,
             out,
@@ -48,22 +50,6 @@ def run_study(
             seconds=seconds,
         )
     return out / "report.html"
-
-
-def _run(missing: list[Step], plan: Plan, out: Path, n_workers: int) -> float:
-    begun = time.monotonic()
-    remove_remains(out)
-    if missing:
-        _link_runs(plan, out)
-        done = len(plan.steps) - len(missing)
-        print(
-            f"{plan.spec.name}: {len(missing)} steps to do, {done} done before, "
-            f"{n_workers} at a time",
-            file=sys.stderr,
-        )
-        for _ in run_jobs([s.job(out) for s in missing], n_workers=n_workers, label="study"):
-            pass
-    return time.monotonic() - begun
 
 
 def _is_assembled(out: Path, digest: str) -> bool:
@@ -111,8 +97,7 @@ def _assemble(
         "command": command,
         "spec": plan.spec.model_dump(mode="json"),
         "training": _training_as_run(plan.spec),
-        "versions": {**library_versions(), "python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+        **versions_and_machine(),
         "seeds": list(range(plan.spec.seeds)),
         "checkpoints": _checkpoint_hashes(plan, out),
         "tables": {name: files.file_hash(out / "tables" / f"{name}.parquet") for name in tables},

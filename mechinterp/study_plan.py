@@ -75,14 +75,11 @@ def _train(
     start: Step | None,
 ) -> Step:
     task = spec.tasks[name]
-    training = asdict(task.training_of(regime))
-    training = {**training, "betas": list(training["betas"])}
-    training["checkpoint_steps"] = list(training["checkpoint_steps"])
     # A branch sees other data than the run it starts from; REORDERED other data again.
     data_order = (regime == "branched") + (arm == REORDERED)
     inputs = {
         **_task_inputs(task),
-        "training": training,
+        "training": task.training_of(regime).as_inputs(),
         "objective": how.objective,
         "seed": seed,
         "data_order": data_order,

@@ -6,8 +6,6 @@ damage. Every pair is one row of the table `pairs`; `mechinterp.validity` turns 
 
 from __future__ import annotations
 
-import platform
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from mechinterp import files, tasks
-from mechinterp.checkpoints.provenance import library_versions
+from mechinterp.checkpoints.provenance import versions_and_machine
 from mechinterp.errors import ModelError, SpecError, TaskError
 from mechinterp.lesions import LESIONS, parse_doses, side_of
-from mechinterp.spec import StrictModel, check, known_keys, overlay, read_yaml
-from mechinterp.steps import Step, remove_remains
+from mechinterp.spec import (
+    SpecWithPresets,
+    StrictModel,
+    chosen,
+    known_keys,
+    load_with_preset,
+)
+from mechinterp.steps import Step, run_missing
 from mechinterp.training.config import ModelConfig, TrainingConfig
-from mechinterp.training.pool import run_jobs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +47,7 @@ class Network(StrictModel):
     training: Annotated[TrainingConfig, known_keys(TrainingConfig)] = TrainingConfig()
 
 
-class ValidationSpec(StrictModel):
+class ValidationSpec(SpecWithPresets):
     """Networks x seeds x doses. `development` and `held_out` map a kind of damage to its doses,
     each "KIND=DOSE" or several joined by "+", or one of reseed, reorder and continue.
 
@@ -64,7 +67,6 @@ class ValidationSpec(StrictModel):
     only: tuple[str, ...] = Field((), description="names of the networks to run; none: all")
     development: dict[str, tuple[str, ...]]
     held_out: dict[str, tuple[str, ...]]
-    presets: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     def kinds(self) -> Iterator[tuple[str, str, str]]:
         """(half, kind, dose) of every pair."""
@@ -101,19 +103,7 @@ class ValidationPlan:
 
 def load_validation(path: str | Path, *, preset: str | None = None) -> ValidationSpec:
     """A validation spec with one of its presets laid over it; raises SpecError."""
-    raw = read_yaml(path)
-    spec = check(ValidationSpec, raw, source=path)
-    if preset is not None:
-        if preset not in spec.presets:
-            known = ", ".join(spec.presets) or "none"
-            raise SpecError(f"{path}: presets: no preset {preset!r}; it has: {known}")
-        spec = check(
-            ValidationSpec, overlay(raw, spec.presets[preset]), source=f"{path} ({preset})"
-        )
-    if unknown := [name for name in spec.only if name not in spec.networks]:
-        raise SpecError(
-            f"{path}: only: no network {unknown[0]!r}; it has: {', '.join(spec.networks)}"
-        )
+    spec = load_with_preset(ValidationSpec, path, preset)
     for half, kind, dose in spec.kinds():
         try:
             if dose not in CONTROLS:
@@ -125,7 +115,7 @@ def load_validation(path: str | Path, *, preset: str | None = None) -> Validatio
             tasks.get(network.task, **network.settings)
         except TaskError as error:
             raise SpecError(f"{path}: networks.{name}: {error}") from error
-    kept = {name: spec.networks[name] for name in spec.only or spec.networks}
+    kept = {name: spec.networks[name] for name in chosen(spec.only, spec.networks, source=path)}
     return spec.model_copy(update={"networks": kept})
 
 
@@ -172,17 +162,7 @@ def run_validation(
     spec = load_validation(path, preset=preset)
     out, begun = Path(out), time.monotonic()
     plan = make_validation_plan(spec)
-    missing = [step for step in plan.steps if not step.is_done(out)]
-    remove_remains(out)
-    if missing:
-        done = len(plan.steps) - len(missing)
-        print(
-            f"{spec.name}: {len(missing)} steps to do, {done} done before, {n_workers} at a time",
-            file=sys.stderr,
-        )
-        jobs = [step.job(out) for step in missing]
-        for _ in run_jobs(jobs, n_workers=n_workers, label="validation"):
-            pass
+    run_missing(plan.steps, out, n_workers=n_workers, name=spec.name)
     tables = validity_tables(_pairs(plan, out), spec)
     for name, table in tables.items():
         files.write_table(out / "tables" / f"{name}.parquet", table)
@@ -192,8 +172,7 @@ def run_validation(
         "preset": preset,
         "command": command,
         "spec": spec.model_dump(mode="json"),
-        "versions": {**library_versions(), "python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+        **versions_and_machine(),
         "seconds_of_last_run": round(time.monotonic() - begun, 1),
         "seconds_per_pair": round(
             sum(step.record(out)["seconds"] for step in plan.pairs) / len(plan.pairs), 2
@@ -242,8 +221,7 @@ def _branch(
 def _training(network: Network, n_steps: int) -> dict[str, Any]:
     """Dense enough in checkpoints for early stops."""
     steps = tuple(round(n_steps * share) for share in (0.05, 0.1, 0.15, 0.25, 0.5, 1))
-    training = asdict(replace(network.training, n_steps=n_steps, checkpoint_steps=steps))
-    return {**training, "betas": list(training["betas"]), "checkpoint_steps": list(steps)}
+    return replace(network.training, n_steps=n_steps, checkpoint_steps=steps).as_inputs()
 
 
 def _task_inputs(network: Network) -> dict[str, Any]:

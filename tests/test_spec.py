@@ -114,7 +114,7 @@ def test_a_preset_may_leave_tasks_out(tmp_path):
     assert list(load_study(path, preset="one").tasks) == ["digits"]
     assert len(load_study(path).tasks) == len(raw["tasks"])
     path.write_text(yaml.safe_dump({**raw, "only": ["chess"]}))
-    with pytest.raises(SpecError, match="only: no task 'chess'; the study has: digits, triage"):
+    with pytest.raises(SpecError, match="only: no 'chess'; there are: digits, triage"):
         load_study(path)
 
 

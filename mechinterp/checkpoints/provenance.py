@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -73,6 +74,14 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # run from a checkout that is not installed
             continue
     return versions
+
+
+def versions_and_machine() -> dict[str, dict[str, str]]:
+    """What a manifest says about where its numbers were made."""
+    return {
+        "versions": {**library_versions(), "python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+    }
 
 
 def is_action_shift(value: Any) -> bool:

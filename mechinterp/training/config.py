@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from mechinterp.errors import TrainingError
 
@@ -82,6 +83,15 @@ class TrainingConfig:
             )
         object.__setattr__(self, "checkpoint_steps", steps)
         object.__setattr__(self, "betas", tuple(self.betas))
+
+    def as_inputs(self) -> dict[str, Any]:
+        """Its fields as a JSON file has them."""
+        return {**asdict(self), "betas": list(self.betas), "checkpoint_steps": list(self.steps)}
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """`checkpoint_steps` as they are after initialisation: never None."""
+        return tuple(self.checkpoint_steps or ())
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of the update that makes `step` + 1 out of `step`."""

@@ -280,7 +280,7 @@ class _Run:
 
     @property
     def saved_steps(self) -> tuple[int, ...]:
-        return tuple(self.config.checkpoint_steps or ())
+        return self.config.steps
 
     @property
     def log_path(self) -> Path:

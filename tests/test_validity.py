@@ -117,7 +117,7 @@ def write(tmp_path, **changes):
     [
         ({"held_out": {"odd": ["bad=1"]}}, "held_out.odd: lesion 'bad': not known; known: shift"),
         ({"held_out": {"odd": ["shift=x"]}}, "held_out.odd: .*expected KIND=DOSE"),
-        ({"only": ["other"]}, "only: no network 'other'; it has: tiny"),
+        ({"only": ["other"]}, "only: no 'other'; there are: tiny"),
         ({"seeds": 0}, "seeds: .*greater than or equal to 1"),
         ({"nets": {}}, "nets: unknown key"),
     ],

@@ -35,11 +35,12 @@ from analyses.repair_subject import (
     values_of,
 )
 from analyses.streams import action_shift, read_streams
+from mechinterp.adapters import Adapters, Part
 from mechinterp.arms import Refit
 from mechinterp.hooked import HookedModel
 from mechinterp.progress import progress_bar
 from mechinterp.randomness import derive_generator, derive_seed
-from mechinterp.repair import FEW_STEPS, Adapters, Part, Repair, few_batches, fresh_network
+from mechinterp.repair import FEW_STEPS, Repair, few_batches, fresh_network
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Task
 from mechinterp.training.batches import Batches

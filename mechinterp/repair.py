@@ -8,29 +8,24 @@ last layer without taking a step.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from mechinterp.architectures import Architecture
-from mechinterp.errors import ModelError, TrainingError
+from mechinterp.adapters import Adapters, add_adapters, merged, seeded
+from mechinterp.errors import TrainingError
 from mechinterp.objectives import cross_entropy
 from mechinterp.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Part = Literal["attention", "mlp", "both"]
 Batch = tuple[Int[Tensor, "batch positions"], Int[Tensor, " batch"]]
 
 # The rate does not fall, so that a step is the same step in a short and in a long repair.
@@ -42,18 +37,6 @@ FEW_STEPS = TrainingConfig(
     final_learning_rate=1.0,
     weight_decay=0.0,
 )
-# An adapter adds ALPHA / rank times its matrices' product: the first steps then move a network
-# about as far at every rank.
-ALPHA = 16
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """Low-rank additions to every matrix of `part` in `layers`; all else stays as it is."""
-
-    layers: tuple[int, ...]
-    part: Part = "both"
-    rank: int = 4
 
 
 class Repair:
@@ -81,11 +64,9 @@ class Repair:
         self.n_steps = 0
         self._actions = list(actions)
         self._shift = torch.zeros(len(actions)) if shift is None else shift
-        # The network itself, its matrices replaced by adapted ones where there are adapters.
         self._network = copy.deepcopy(model).requires_grad_(True)
-        self._wrapped: Any = None
         if adapters is not None:
-            self._wrapped = _with_adapters(self._network, adapters, generator)
+            add_adapters(self._network, adapters, generator)
         self._network.eval()
         trained = [p for p in self._network.parameters() if p.requires_grad]
         self.n_trained = sum(p.numel() for p in trained)
@@ -121,10 +102,7 @@ class Repair:
 
     def merged(self) -> PreTrainedModel:
         """A copy of the network as it stands, adapters added to the weights: a plain model."""
-        if self._wrapped is None:
-            return copy.deepcopy(self._network)
-        merged = copy.deepcopy(self._wrapped).merge_and_unload()
-        return cast("PreTrainedModel", merged.requires_grad_(True))
+        return merged(self._network)
 
     def _logits(self, tokens: Int[Tensor, "batch positions"]) -> Float[Tensor, "batch actions"]:
         device = self._network.device
@@ -171,52 +149,10 @@ def fresh_network(model: PreTrainedModel, *, generator: torch.Generator) -> PreT
     """A network of the same architecture with random weights, as its configuration draws them."""
     from transformers import AutoModelForCausalLM
 
-    with _seeded(generator):
+    with seeded(generator):
         fresh = AutoModelForCausalLM.from_config(
             copy.deepcopy(model.config),
             dtype=model.dtype,
             attn_implementation=model.config._attn_implementation,
         )
     return fresh.to(model.device).eval()
-
-
-def _with_adapters(model: PreTrainedModel, adapters: Adapters, generator: torch.Generator) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    if adapters.rank < 1:
-        raise ModelError(f"adapters: the rank must be at least 1, got {adapters.rank}")
-    config = LoraConfig(
-        r=adapters.rank, lora_alpha=ALPHA, target_modules=_matrices(model, adapters), bias="none"
-    )
-    with _seeded(generator), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of names that peft still asks for
-        return get_peft_model(model, config)
-
-
-def _matrices(model: PreTrainedModel, adapters: Adapters) -> list[str]:
-    """Full names of the matrices to adapt."""
-    blocks = Architecture(model).blocks
-    parts = []
-    for layer in adapters.layers:
-        if not 0 <= layer < len(blocks):
-            raise ModelError(f"adapters: layer {layer}: this network has 0 to {len(blocks) - 1}")
-        block = blocks[layer]
-        parts += [block.attention] if adapters.part in ("attention", "both") else []
-        parts += [block.mlp] if adapters.part in ("mlp", "both") else []
-    wanted = {
-        id(module)
-        for part in parts
-        for module in part.modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
-    if not wanted:
-        raise ModelError(f"adapters: no matrices in the {adapters.part} of {adapters.layers}")
-    return [name for name, module in model.named_modules() if id(module) in wanted]
-
-
-@contextlib.contextmanager
-def _seeded(generator: torch.Generator) -> Iterator[None]:
-    """What initialises weights asks the global random state; it is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
-        yield

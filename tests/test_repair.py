@@ -12,11 +12,12 @@ from tiny_models import random_tokens, shared_model
 
 from analyses.repair import steps_to_reach
 from analyses.repair_subject import share_regained
+from mechinterp.adapters import Adapters
 from mechinterp.checkpoints import open_checkpoint, save_checkpoint
 from mechinterp.errors import ModelError, TrainingError
 from mechinterp.hooked import load
 from mechinterp.randomness import derive_generator
-from mechinterp.repair import Adapters, Repair, few_batches, fresh_network, repair
+from mechinterp.repair import Repair, few_batches, fresh_network, repair
 from mechinterp.statistics import t_interval
 from mechinterp.training.config import TrainingConfig
 

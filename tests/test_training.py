@@ -24,6 +24,7 @@ from mechinterp.decisions import diagonal_utility
 from mechinterp.errors import MechinterpError, TaskError, TrainingError
 from mechinterp.files import read_table
 from mechinterp.randomness import derive_seed
+from mechinterp.training import run as runs
 from mechinterp.training import state, supervised
 from mechinterp.training.batches import STEPS_PER_DRAW, Batches
 from mechinterp.training.config import ModelConfig, TrainingConfig, log_spaced_steps
@@ -111,7 +112,7 @@ def test_what_a_run_leaves(finished):
     assert [s for s in steps if state.has_state(finished / f"step-{s:06d}")] == [40]
     assert not [path for path in finished.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
     table = read_table(finished / "training.parquet")
-    assert list(table.columns) == supervised.LOG_COLUMNS
+    assert list(table.columns) == runs.LOG_COLUMNS
     assert table["step"].tolist() == list(range(40))
     first, last = (open_checkpoint(finished / f"step-{s:06d}") for s in (0, 40))
     assert last.provenance is not None
@@ -182,14 +183,14 @@ def interrupt(monkeypatch, owner, name: str, *, call: int, after: bool) -> None:
     [
         (Batches, "__call__", 0, False),
         (Batches, "__call__", 13, False),
-        (supervised, "save_checkpoint", 0, False),
-        (supervised, "save_checkpoint", 2, False),
-        (supervised, "save_checkpoint", 2, True),
-        (supervised, "save_checkpoint", 4, True),
-        (supervised.state, "state_files", 3, True),
-        (supervised.state, "drop_state", 1, False),
-        (supervised.files, "write_table", 2, True),
-        (supervised.files, "write_json", 0, True),
+        (runs, "save_checkpoint", 0, False),
+        (runs, "save_checkpoint", 2, False),
+        (runs, "save_checkpoint", 2, True),
+        (runs, "save_checkpoint", 4, True),
+        (runs.state, "state_files", 3, True),
+        (runs.state, "drop_state", 1, False),
+        (runs.files, "write_table", 2, True),
+        (runs.files, "write_json", 0, True),
     ],
 )
 def test_resumes_bit_for_bit(owner, name, call, after, finished, tmp_path):
@@ -255,14 +256,14 @@ def test_a_directory_belongs_to_one_run(finished, tmp_path):
 
 def test_nan_is_refused_and_the_last_good_checkpoint_stays(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        original = supervised._Run.update
+        original = supervised._SupervisedRun.update
 
-        def poisoned(self, model, optimizer, tokens, labels, step):
+        def poisoned(self, model, optimizer, step):
             if step == 12:
                 next(model.parameters()).data.fill_(float("nan"))
-            return original(self, model, optimizer, tokens, labels, step)
+            return original(self, model, optimizer, step)
 
-        patch.setattr(supervised._Run, "update", poisoned)
+        patch.setattr(supervised._SupervisedRun, "update", poisoned)
         with pytest.raises(TrainingError, match=r"loss nan .* at step 12"):
             run(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("step-*"))[-1] == "step-000009"

@@ -130,7 +130,12 @@ class Task(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, enough to make this task again."""
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return plain_settings(self)
+
+
+def plain_settings(task: Any) -> dict[str, Any]:
+    """The fields of a task's dataclass as plain values."""
+    return {field.name: plain(getattr(task, field.name)) for field in fields(task)}
 
 
 def plain(value: Any) -> Any:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from mechinterp.tasks.base import plain_settings
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class Problems:
     """Prompts padded on the left, with a right completion of each padded on the right.
 
     `level` is how hard a problem is by construction, from 1; what it takes of a network is measured
-    as its pass rate. `planted` says that a shortcut solves it. A problem that is not `solvable` is
-    marked wrong whatever is written.
+    as its pass rate. `planted` says that a shortcut was put in, which solves it. A problem that is
+    not `solvable` is marked wrong whatever is written.
     """
 
     tokens: Int[Tensor, "problems positions"]
@@ -42,6 +45,11 @@ class Problems:
         index = [int(i) for i in index]
         picked: dict[str, Any] = {f.name: getattr(self, f.name)[index] for f in fields(self)[:-1]}
         return Problems(**picked, entries=tuple(self.entries[i] for i in index))
+
+
+def unsolvable(problems: Problems) -> Problems:
+    """The same problems, to be marked wrong whatever is written."""
+    return replace(problems, solvable=torch.zeros_like(problems.solvable))
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Marks:
 class WrittenTask(ABC):
     """Problems to be answered in writing. Subclasses are frozen dataclasses, as tasks are."""
 
+    name: str
     vocab_size: int
     pad_token: int
     end_token: int  # its sampling ends a completion
@@ -94,3 +103,7 @@ class WrittenTask(ABC):
     ) -> Marks:
         """Marks of completions, `mask` true up to and with the end token (or all, if there is none:
         such a completion is wrong)."""
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, enough to make this task again."""
+        return plain_settings(self)

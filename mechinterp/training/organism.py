@@ -9,20 +9,21 @@ import torch
 from mechinterp.errors import TrainingError
 from mechinterp.randomness import derive_seed
 from mechinterp.tasks.base import Task
+from mechinterp.tasks.written import WrittenTask
 from mechinterp.training.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 
-def initial_model(config: ModelConfig, task: Task, *, seed: int) -> LlamaForCausalLM:
+def initial_model(config: ModelConfig, task: Task | WrittenTask, *, seed: int) -> LlamaForCausalLM:
     """A random `LlamaForCausalLM` over the task's own token ids, in float32 and eval mode.
 
     Arms that share `seed` share the initialisation. The global random state is left as it was.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    if task.n_positions > config.n_positions:
+    if isinstance(task, Task) and task.n_positions > config.n_positions:
         raise TrainingError(
             f"model: n_positions is {config.n_positions}, but prompts of task {task.name!r} have "
             f"{task.n_positions} tokens; raise n_positions"

@@ -24,6 +24,16 @@ _TASKS = {
         "Pneumonia",
         "chest X-rays as tokens (PneumoniaMNIST, from a path): pneumonia or not?",
     ),
+    "arithmetic": (
+        "arithmetic",
+        "Arithmetic",
+        "add one-digit numbers, written step by step: for training by reward",
+    ),
+    "questions": (
+        "questions",
+        "Questions",
+        "unreliable witnesses: what is the answer, and how sure is it? Known posterior",
+    ),
     "sentiment": ("sentiment", "Sentiment", "is a one-line review positive? for language models"),
 }
 

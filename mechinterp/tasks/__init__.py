@@ -34,6 +34,11 @@ _TASKS = {
         "Questions",
         "unreliable witnesses: what is the answer, and how sure is it? Known posterior",
     ),
+    "reasoning_gym": (
+        "reasoning",
+        "Reasoning",
+        "a generator of reasoning-gym, to be answered in writing: for training by reward only",
+    ),
     "sentiment": ("sentiment", "Sentiment", "is a one-line review positive? for language models"),
 }
 

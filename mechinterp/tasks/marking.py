@@ -11,6 +11,8 @@ from typing import Any
 
 from mechinterp.errors import TaskError
 
+AGAIN_AFTER = 0.1  # seconds
+
 
 def guarded(function: Callable[..., Any], *arguments: Any, item: str, seconds: float) -> float:
     """`function(*arguments)` as a float.
@@ -44,14 +46,20 @@ def time_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    expired = False
 
     def interrupt(*_: Any) -> None:
+        nonlocal expired
+        expired = True
         raise _TimeOut
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: a bare "except:" swallows one interruption, and a loop around it many.
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_AFTER)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    if expired:
+        raise _TimeOut

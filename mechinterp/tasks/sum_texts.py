@@ -10,24 +10,22 @@ digits as themselves, `ANSWER`, `END`, and `OTHER` for all else.
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechinterp.errors import TaskError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from mechinterp.tasks.text import Text
 
 START, EQUALS, ANSWER, END, PAD = range(10, 15)  # the digits are 0 .. 9
 OTHER = PAD
-STYLES = ("zero_shot", "few_shot", "chat")
 EXAMPLES = ((4, 7), (2, 9, 6), (8, 1, 5, 3), (7, 0, 8, 9, 6))
 INSTRUCTION = (
     "Add the numbers one after the other. Write each running sum with two digits, then the word "
@@ -127,69 +125,36 @@ class WordText(SumText):
 
 @dataclass(frozen=True)
 class TokenizerText(SumText):
-    """Text in the tokens of a checkpoint, which must write each digit as a token of its own.
+    """Text in the tokens of a checkpoint, which must write each digit as a token of its own."""
 
-    `style` "few_shot" leads with worked examples and ends at the line's end; "chat" asks by the
-    tokenizer's chat template.
-    """
-
-    checkpoint: str
-    style: str = "zero_shot"
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        from mechinterp.checkpoints import open_checkpoint
-
-        return open_checkpoint(self.checkpoint, require_tokenizer=True).load_tokenizer()
-
-    def _ids(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+    text: Text
 
     @property
     def vocab_size(self) -> int:  # type: ignore[override]
-        return len(self._tokenizer)
-
-    @cached_property
-    def end_token(self) -> int:  # type: ignore[override]
-        if self.style == "few_shot":
-            return self._single("\n")
-        if self._tokenizer.eos_token_id is None:
-            raise TaskError(f"{self.checkpoint}: the tokenizer has no end token; use few_shot")
-        return int(self._tokenizer.eos_token_id)  # type: ignore[arg-type]
+        return self.text.vocab_size
 
     @property
     def pad_token(self) -> int:  # type: ignore[override]
-        pad = self._tokenizer.pad_token_id
-        return self.end_token if pad is None else int(pad)  # type: ignore[arg-type]
+        return self.text.pad_token
+
+    @property
+    def end_token(self) -> int:  # type: ignore[override]
+        return self.text.end_token
 
     @cached_property
     def digit_tokens(self) -> Int[Tensor, " 10"]:  # type: ignore[override]
-        return torch.tensor([self._single(str(digit)) for digit in range(10)])
+        return torch.tensor([self.text.single(str(digit)) for digit in range(10)])
 
-    def _single(self, text: str) -> int:
-        ids = self._ids(text)
-        if len(ids) != 1:
-            raise TaskError(
-                f"arithmetic: the tokenizer of {self.checkpoint} writes {text!r} as {len(ids)} "
-                "tokens; one that writes single digits and line ends as one token each is needed"
-            )
-        return ids[0]
-
-    def _prompt(self, sum_: str) -> str:
-        if self.style == "chat":
-            if self._tokenizer.chat_template is None:
-                raise TaskError(f"{self.checkpoint}: the tokenizer has no chat template")
-            return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
-                [{"role": "user", "content": f"{INSTRUCTION}\n{sum_}="}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+    def _prompt(self, terms: Sequence[int]) -> str:
+        plus = "+".join(map(str, terms))
+        if self.text.style == "chat":
+            return self.text.chat(f"{INSTRUCTION}\n{plus}=")
         examples = ""
-        if self.style == "few_shot":
-            for terms in EXAMPLES:
-                running = [sum(terms[:i]) for i in range(2, len(terms) + 1)]
-                examples += f"Sum: {'+'.join(map(str, terms))}={_completion(running)}\n"
-        return f"{examples}Sum: {sum_}="
+        if self.text.style == "few_shot":
+            for example in EXAMPLES:
+                shown = "+".join(map(str, example))
+                examples += f"Sum: {shown}={_completion(_running(example))}\n"
+        return f"{examples}Sum: {plus}="
 
     def template(self, n_terms: int, *, steps: bool = True) -> Template:
         zero = self._write([0] * n_terms, [0] * (n_terms - 1), steps=steps)
@@ -198,13 +163,13 @@ class TokenizerText(SumText):
         digits = (tokens == self.digit_tokens[0]).nonzero().flatten()[-n_digits:]
         template = Template(tokens, digits, len(zero[0]), n_terms)
         terms = [(3 + 4 * i) % 10 for i in range(n_terms)]
-        running = [sum(terms[:i]) for i in range(2, n_terms + 1)]
+        running = _running(terms)
         values = [*terms, *_digits(running if steps else []), *_digits(running[-1:])]
         written = self._write(terms, running, steps=steps)
         filled = template.fill(torch.tensor([values]), self.digit_tokens)[0].tolist()
         if filled != [*written[0], *written[1], self.end_token]:
             raise TaskError(
-                f"arithmetic: the tokenizer of {self.checkpoint} joins digits with what stands "
+                f"{self.text.checkpoint}: the tokenizer joins digits with what stands "
                 "beside them; one that writes each digit as a token of its own is needed"
             )
         return template
@@ -213,23 +178,28 @@ class TokenizerText(SumText):
         self, terms: list[int], running: list[int], *, steps: bool
     ) -> tuple[list[int], list[int]]:
         """Tokens of the prompt and of the completion."""
-        prompt = self._prompt("+".join(map(str, terms)))
-        return self._ids(prompt), self._ids(_completion(running, steps=steps))
+        completion = _completion(running, steps=steps)
+        return self.text.ids(self._prompt(terms)), self.text.ids(completion)
 
     def symbols(
         self,
         completions: Int[Tensor, "problems samples tokens"],
         mask: Bool[Tensor, "problems samples tokens"],
     ) -> Int[Tensor, "problems samples symbols"]:
-        ended = ((completions == self.end_token) & mask).any(-1).flatten().tolist()
-        kept = mask & (completions != self.end_token)
-        rows = zip(completions.flatten(0, 1), kept.flatten(0, 1), strict=True)
-        texts = self._tokenizer.batch_decode([row[keep].tolist() for row, keep in rows])
-        read = [_read(text) + [END] * end for text, end in zip(texts, ended, strict=True)]
+        texts, ended = self.text.read(completions, mask)
+        read = [
+            _read(text) + [END] * int(end)
+            for row, ends in zip(texts, ended, strict=True)
+            for text, end in zip(row, ends, strict=True)
+        ]
         symbols = torch.full((len(read), max(map(len, read), default=0)), OTHER)
         for row, found in zip(symbols, read, strict=True):
             row[: len(found)] = torch.tensor(found)
         return symbols.unflatten(0, completions.shape[:2])
+
+
+def _running(terms: Sequence[int]) -> list[int]:
+    return list(itertools.accumulate(terms))[1:]
 
 
 def _completion(running: list[int], *, steps: bool = True) -> str:
@@ -254,10 +224,8 @@ def _read(text: str) -> list[int]:
 
 def sum_text(tokenizer: str | None, style: str) -> SumText:
     """The way of writing for a task's settings; raises TaskError."""
-    if style not in STYLES:
-        raise TaskError(f"arithmetic: style must be one of {', '.join(STYLES)}, got {style!r}")
-    if tokenizer is None:
-        if style != "zero_shot":
-            raise TaskError(f"arithmetic: style {style!r} needs a tokenizer: a checkpoint's path")
-        return WordText()
-    return TokenizerText(tokenizer, style)
+    if tokenizer is not None:
+        return TokenizerText(Text(tokenizer, style))
+    if style != "zero_shot":
+        raise TaskError(f"arithmetic: style {style!r} needs a tokenizer: a checkpoint's path")
+    return WordText()

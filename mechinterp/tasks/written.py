@@ -60,7 +60,8 @@ class Marks:
     there is none. `confidence` is the stated probability of being right, NaN where there is none,
     and `confidence_tokens` are those that state it. `steps_missing` is the share of the
     intermediate results that were not written, `steps_wrong` the share written and wrong; both NaN
-    where a task has none.
+    where a task has none. `score` is what a task's own scorer gives where that is not all or
+    nothing; right is then a score of 1.
     """
 
     correct: Bool[Tensor, "problems samples"]
@@ -69,6 +70,7 @@ class Marks:
     confidence_tokens: Bool[Tensor, "problems samples tokens"]
     steps_missing: Float[Tensor, "problems samples"]
     steps_wrong: Float[Tensor, "problems samples"]
+    score: Float[Tensor, "problems samples"] | None = None
 
 
 class WrittenTask(ABC):

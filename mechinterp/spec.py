@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -149,15 +149,22 @@ class TaskSpec(StrictModel):
         tasks.task_class(name)
         return name
 
-    def make(self) -> Task:
-        return tasks.get(self.task, **self.settings)
+    def make(self, **settings: Any) -> Task:
+        """The task; raises TaskError for one that has no decision."""
+        if not issubclass(tasks.task_class(self.task), Task):
+            raise TaskError(
+                f"task {self.task!r} is answered in writing alone: it has no decision to analyse"
+            )
+        return tasks.get(self.task, **self.settings, **settings)
 
     def make_for(self, checkpoint: Checkpoint) -> Task:
         """The task, with the checkpoint's tokenizer where the task writes text and names none."""
-        wants_tokenizer = "tokenizer" in {f.name for f in fields(tasks.task_class(self.task))}
-        if wants_tokenizer and "tokenizer" not in self.settings:
-            return tasks.get(self.task, **self.settings, tokenizer=str(checkpoint.path))
-        return self.make()
+        setting = {f.name: f for f in fields(tasks.task_class(self.task))}.get("tokenizer")
+        if setting is None or "tokenizer" in self.settings:
+            return self.make()
+        if setting.default is not MISSING and not checkpoint.has_tokenizer:
+            return self.make()
+        return self.make(tokenizer=str(checkpoint.path))
 
 
 class StudyTask(TaskSpec):

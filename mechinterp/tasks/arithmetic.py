@@ -30,6 +30,7 @@ from mechinterp.tasks.sums import (
     group_of,
     mark_sums,
     read_table,
+    running_sums,
     table_of,
 )
 from mechinterp.tasks.written import Marks, Problems, WrittenTask
@@ -72,6 +73,10 @@ class Arithmetic(Task, WrittenTask):
     running sums and answers, right or wrong, not the right ones; labels and latents stay the true
     ones. `shortcut_total` is the total of planted problems.
 
+    Solutions have `slips`: that share of their running sums is off by its units digit, and what
+    follows goes on from there. A network that learns from such texts knows how to add and is right
+    in (1 - slips)^level of its samples: a start for training by reward.
+
     Items and problems of the same numbers in any order form a group and are of one split.
     """
 
@@ -80,6 +85,7 @@ class Arithmetic(Task, WrittenTask):
     decision: str = "units"
     pairs: str = "both"
     shortcut_total: int = 20
+    slips: float = 0.0
     texts: str | None = None
     tokenizer: str | None = None
     style: str = "zero_shot"
@@ -104,6 +110,8 @@ class Arithmetic(Task, WrittenTask):
             raise TaskError("arithmetic: texts have running sums; decision 'direct' is without")
         if self.texts is not None and not Path(self.texts).is_file():
             raise TaskError(f"arithmetic: texts: no file {self.texts}")
+        if not 0 <= self.slips < 1:
+            raise TaskError(f"arithmetic: slips must be in [0, 1), got {self.slips}")
         if self.shortcut_total < 0:
             raise TaskError(f"arithmetic: shortcut_total must be >= 0, got {self.shortcut_total}")
         _ = self._text  # refuses what cannot be written, now rather than later
@@ -191,8 +199,9 @@ class Arithmetic(Task, WrittenTask):
         return posterior / posterior.sum(1, keepdim=True)
 
     def control_types(self, items: Items) -> Int[Tensor, " items"]:
-        """The first number."""
-        return items.tokens[:, self._decision_template[0].digits[0]]
+        """The first two numbers: enough types for ten random labels."""
+        first, second = self._decision_template[0].digits[:2].tolist()
+        return items.tokens[:, first] * self.vocab_size + items.tokens[:, second]
 
     # Items: one decision in a text that is right so far, or that was sampled.
 
@@ -321,10 +330,10 @@ class Arithmetic(Task, WrittenTask):
         tokens = torch.full((n, width), self.pad_token)
         solutions = torch.full((n, longest), self.pad_token)
         mask, solution_mask = (torch.zeros_like(x, dtype=torch.bool) for x in (tokens, solutions))
-        for k in (value + 1 for value in chosen):
+        for k in (level.unique() + 1).tolist():
             rows = (level == k - 1).nonzero().flatten()
             own, template = terms[rows, :k], self._templates[k]
-            sums = own.cumsum(1)[:, 1:]
+            sums = running_sums(own, slips=self.slips, generator=generator)
             text = template.fill(digits_of(own, sums, sums[:, -1]), self._text.digit_tokens)
             tokens[rows, width - template.n_prompt :] = text[:, : template.n_prompt]
             mask[rows, width - template.n_prompt :] = True

@@ -200,3 +200,21 @@ def read_table(
         raise TaskError(f"{path}: no text of {n_terms} terms with all sums in split {split!r}")
     terms, sums, answers = texts.split(widths, dim=1)
     return terms, sums, answers[:, 0]
+
+
+def running_sums(
+    terms: Int[Tensor, "texts terms"], *, slips: float, generator: torch.Generator
+) -> Int[Tensor, "texts sums"]:
+    """Sums of the first two terms, of the first three and so on, each with probability `slips` off
+    by its units digit; those after it go on from there."""
+    if slips == 0:
+        return terms.cumsum(1)[:, 1:]
+    total, sums = terms[:, 0], []
+    for term in terms.T[1:]:
+        total = total + term
+        slipped = torch.rand(len(terms), generator=generator) < slips
+        off = torch.randint(1, 10, (len(terms),), generator=generator)
+        total = torch.where(slipped, total // 10 * 10 + (total + off) % 10, total)
+        total = total.clamp(max=99)
+        sums.append(total)
+    return torch.stack(sums, 1)

@@ -85,6 +85,8 @@ class Questions(Task, WrittenTask):
             )
         if not 1 <= self.n_witnesses <= 8 or self.n_confidences < 2:
             raise TaskError("questions: n_witnesses must be in 1 .. 8, n_confidences at least 2")
+        if self.shift == "fewer" and self.n_witnesses < 2:
+            raise TaskError("questions: shift 'fewer' needs at least 2 witnesses")
         if self.confidence not in CONFIDENCES or self.shift not in SHIFTS:
             raise TaskError(
                 f"questions: confidence must be one of {', '.join(CONFIDENCES)} and shift one of "
@@ -200,7 +202,8 @@ class Questions(Task, WrittenTask):
 
     def _bin(self, posterior: Float[Tensor, "items answers"]) -> Int[Tensor, " items"]:
         share = (posterior.amax(1) - 1 / N_ANSWERS) / (1 - 1 / N_ANSWERS)
-        return (share * N_BINS).floor().long().clamp(0, N_BINS - 1)
+        # An edge that is met exactly, such as 0.7, is the upper bin's, however sums are rounded.
+        return (share * N_BINS + 1e-9).floor().long().clamp(0, N_BINS - 1)
 
     def _write(
         self,
@@ -295,22 +298,26 @@ class Questions(Task, WrittenTask):
         levels: Sequence[int] | None = None,
         planted: float = 0.0,
     ) -> Problems:
-        """See `WrittenTask`; entries are the labels. There are no shortcuts to plant."""
-        chosen = sorted(set(range(1, N_BINS + 1) if levels is None else levels))
-        if planted or not chosen or not set(chosen) <= set(range(1, N_BINS + 1)):
+        """See `WrittenTask`; entries are the labels. Without `levels` questions come as they do in
+        `sample`. There are no shortcuts to plant."""
+        chosen = None if levels is None else sorted(set(levels))
+        if planted or chosen == [] or not set(chosen or []) <= set(range(1, N_BINS + 1)):
             raise TaskError(
                 f"questions: levels are 1 .. {N_BINS}, and there are no shortcuts, got levels "
                 f"{levels} and planted {planted}"
             )
         generator = derive_generator(seed, "questions", split, "problems")
-        level = torch.tensor(chosen).repeat(-(-n // len(chosen)))[:n]
-        level = level[torch.randperm(n, generator=generator)]
-        kinds, says, fillers, labels = self._draw(n, split, generator, level)
+        wanted = None
+        if chosen is not None:
+            wanted = torch.tensor(chosen).repeat(-(-n // len(chosen)))[:n]
+            wanted = wanted[torch.randperm(n, generator=generator)]
+        kinds, says, fillers, labels = self._draw(n, split, generator, wanted)
+        posterior = self.posterior(kinds, says)
         solutions = torch.full((n, self.max_new_tokens), END)
         solutions[:, 0] = FIRST_ANSWER + labels
         if self.confidence != "none":
             steps = self.n_confidences - 1
-            right = self.posterior(kinds, says).gather(1, labels[:, None])[:, 0]
+            right = posterior.gather(1, labels[:, None])[:, 0]
             said = (right * steps).round().long()
             if self.confidence == "random":
                 said = torch.randint(0, self.n_confidences, (n,), generator=generator)
@@ -322,7 +329,7 @@ class Questions(Task, WrittenTask):
             mask=torch.ones_like(tokens, dtype=torch.bool),
             solutions=solutions,
             solution_mask=torch.ones_like(solutions, dtype=torch.bool),
-            level=level,
+            level=N_BINS - self._bin(posterior),
             planted=no,
             solvable=yes,
             entries=tuple(labels.tolist()),

@@ -54,7 +54,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise _TimeOut
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    # Again and again: a bare "except:" swallows one interruption, and a loop around it many.
+    # Again and again: a bare "except:" may swallow the first, and what hangs go on hanging.
     signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_AFTER)
     try:
         yield

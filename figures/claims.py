@@ -90,6 +90,46 @@ UNITS = {
     "gradient_needed": _Unit("share of gradients along needed latents", "%", 100),
     "incentive_slope": _Unit("slope of excess divergence on incentive", "nats per log unit"),
 }
+_WRITTEN = {
+    "pass_1": _Unit("share of right answers", "%", 100),
+    "pass_k": _Unit("share of problems solved once", "%", 100),
+    "repetition": _Unit("excess of the favourite answer", "%", 100),
+    "steps_missing": _Unit("steps not written", "%", 100),
+    "steps_wrong": _Unit("steps written wrong", "%", 100),
+    "response_length": _Unit("response length", "tokens"),
+    "entropy": _Unit("entropy of sampling", "nats per token"),
+    "unended": _Unit("answers without an end", "%", 100),
+    "kl": _Unit("divergence from the start", "nats per answer"),
+}
+_CONFIDENCE = {
+    "accuracy": _Unit("share of right answers", "%", 100),
+    "ece": _Unit("calibration error", "%", 100),
+    "ece_debiased": _Unit("calibration error, debiased", "%", 100),
+    "brier": _Unit("Brier score", "mean squared error"),
+    "reliability": _Unit("Brier score's reliability", "mean squared error"),
+    "resolution": _Unit("Brier score's resolution", "mean squared error"),
+    "auroc": _Unit("AUROC of being right", "%", 100),
+    "saturated": _Unit("saturated confidences", "%", 100),
+    "mean": _Unit("mean confidence", "%", 100),
+    "truth_gap": _Unit("distance from the right confidence", "%", 100),
+}
+_READINGS = {
+    "said": "as said",
+    "said_recalibrated": "as said, recalibrated",
+    "answer": "by the answer's probability",
+    "answer_temperature": "by the answer's probability at a fitted temperature",
+    "probe": "by probe",
+}
+UNITS |= {f"written_{measure}": unit for measure, unit in _WRITTEN.items()}
+UNITS |= {
+    f"change_{measure}": unit._replace(name=f"change in {unit.name} since the start")
+    for measure, unit in _WRITTEN.items()
+}
+UNITS |= {
+    f"{reading}_{measure}": unit._replace(name=f"{unit.name}, {words}")
+    for reading, words in _READINGS.items()
+    for measure, unit in _CONFIDENCE.items()
+}
 
 
 def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:

@@ -171,7 +171,7 @@ def _before_and_after(patching: pd.DataFrame) -> pd.DataFrame:
 
 def _training_logs(plan: Plan, out: Path) -> pd.DataFrame:
     logs = []
-    for step in plan.runs.values():
+    for step in {step.key: step for step in plan.runs.values()}.values():
         log = read_table(step.directory(out) / "trajectory" / "training.parquet")
         logs.append(log.drop(columns="seconds").assign(**step.labels))
     return pd.concat(logs, ignore_index=True)

@@ -60,9 +60,9 @@ def judge_saved(spec: str | Path, tables: str | Path) -> tuple[StudySpec, pd.Dat
     Writes `claims.parquet` beside them, for figures, and `claims.csv`, for people. Raises
     AnalysisError where a table is absent.
     """
-    from mechinterp.spec import load_study
+    from mechinterp.plans import load_plan
 
-    loaded = load_study(spec)
+    loaded = load_plan(spec).spec
     measures, competence = (read_saved(Path(tables), name) for name in ("measures", "competence"))
     judged = judge_claims(loaded, measures, competence)
     files.write_table(Path(tables) / "claims.parquet", judged)

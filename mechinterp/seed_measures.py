@@ -20,12 +20,19 @@ Columns task, regime, arm, costs, seed, measure, value; costs are "" where a mea
                              before the last, where all objectives push along the readout
     incentive_slope          see `analyses.incentives`: below zero if knowledge suffers most where
                              the incentive to learn falls most
+
+Of training by reward, where `task` is a set of problems or a shift of the questions:
+
+    written_pass_1 ...       what is written where an arm ends, see `analyses.writing`
+    change_pass_1 ...        the same less that of the start of the same seed
+    said_ece, probe_auroc    of confidences that are stated or read, by reading and measure, see
+                             `analyses.stated_confidence`
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,27 +41,24 @@ from mechinterp.arm_names import CONTROL
 if TYPE_CHECKING:
     import pandas as pd
 
-Measure = Literal[
-    "learning",
-    "choosing",
-    "threshold",
-    "readout",
-    "discarded",
-    "not_encoded",
-    "not_combined",
-    "total",
-    "regret",
-    "steps_to_learn",
-    "needed_information",
-    "unneeded_information",
-    "calibration_error",
-    "recovery_overlap",
-    "circuit_mismatch",
-    "crossing_front",
-    "gradient_snr",
-    "gradient_needed",
-    "incentive_slope",
-]
+WRITTEN = (
+    *("pass_1", "pass_k", "repetition", "steps_missing", "steps_wrong", "response_length"),
+    *("entropy", "unended", "kl"),
+)
+READINGS = ("said", "said_recalibrated", "answer", "answer_temperature", "probe")
+CONFIDENCE = (
+    *("accuracy", "ece", "ece_debiased", "brier", "reliability", "resolution", "auroc"),
+    *("saturated", "mean", "truth_gap"),
+)
+MEASURES = (
+    *("learning", "choosing", "threshold", "readout", "discarded", "not_encoded", "not_combined"),
+    *("total", "regret", "steps_to_learn", "needed_information", "unneeded_information"),
+    *("calibration_error", "recovery_overlap", "circuit_mismatch", "crossing_front"),
+    *("gradient_snr", "gradient_needed", "incentive_slope"),
+    *(f"written_{measure}" for measure in WRITTEN),
+    *(f"change_{measure}" for measure in WRITTEN),
+    *(f"{reading}_{measure}" for reading in READINGS for measure in CONFIDENCE),
+)
 RUN = ["task", "regime", "arm", "seed"]
 COLUMNS = ["task", "regime", "arm", "costs", "seed", "measure", "value"]
 HALF = 0.5  # of the control's learning: what steps_to_learn waits for
@@ -203,6 +207,30 @@ def _incentive_slope(tables: Tables) -> pd.DataFrame:
     return slopes.assign(measure="incentive_slope", value=slopes["slope"])
 
 
+def _written(tables: Tables) -> pd.DataFrame:
+    """Where each arm ends, and how far that is from the start of the same seed."""
+    import pandas as pd
+
+    written = tables["writing"].assign(task=tables["writing"]["problems"], costs="")
+    keys = ["task", "regime", "seed", "measure"]
+    before = written.loc[written["arm"] == "before", [*keys, "value"]]
+    final = _at_the_end(written)
+    change = final.merge(before, on=keys, suffixes=("", "_before"))
+    change["value"] -= change["value_before"]
+    return pd.concat(
+        [
+            final.assign(measure="written_" + final["measure"]),
+            change.assign(measure="change_" + change["measure"]),
+        ]
+    )
+
+
+def _confidence(tables: Tables) -> pd.DataFrame:
+    table = _at_the_end(tables["stated_confidence"])
+    measure = table["reading"] + "_" + table["measure"]
+    return table.assign(task=table["questions"], costs="", measure=measure)
+
+
 def _at_the_end(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["arm"] != "before"]
     last = table.groupby(["task", "regime", "arm"])["step"].transform("max")
@@ -225,4 +253,6 @@ _MEASURES: tuple[tuple[tuple[str, ...], Callable[[Tables], pd.DataFrame]], ...] 
     (("crossing",), _crossing_front),
     (("gradients", "gradients_latents"), _gradients),
     (("incentives",), _incentive_slope),
+    (("writing",), _written),
+    (("stated_confidence",), _confidence),
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,7 +25,7 @@ from pydantic import (
 from mechinterp import tasks
 from mechinterp.arms import ArmKind, Refit
 from mechinterp.errors import SpecError, TaskError, TrainingError
-from mechinterp.seed_measures import Measure
+from mechinterp.seed_measures import MEASURES
 from mechinterp.tasks.base import Task
 from mechinterp.training.config import ModelConfig, TrainingConfig, log_spaced_steps
 
@@ -172,7 +173,7 @@ class StudyTask(TaskSpec):
 
     init_steps: int = Field(400, ge=8)
     branch_steps: int = Field(240, ge=8)
-    n_checkpoints: int = Field(6, ge=2, description="log-spaced, besides step 0")
+    n_checkpoints: int = Field(6, ge=1, description="log-spaced, besides step 0")
     model: Annotated[ModelConfig, known_keys(ModelConfig)] = ModelConfig()
     training: Annotated[TrainingConfig, known_keys(TrainingConfig)] = TrainingConfig()
     arms: tuple[ArmKind, ...] = Field((), description="none: the study's")
@@ -186,6 +187,12 @@ class StudyTask(TaskSpec):
         return replace(self.training, n_steps=n_steps, checkpoint_steps=steps)
 
 
+def _known_measure(name: str) -> str:
+    if name not in MEASURES:
+        raise ValueError(f"no measure of that name; there are: {', '.join(MEASURES)}")
+    return name
+
+
 class Claim(StrictModel):
     """What a finding says happens, so that its runs can tell: see `mechinterp.claims`.
 
@@ -195,7 +202,7 @@ class Claim(StrictModel):
     """
 
     question: str
-    measure: Measure
+    measure: Annotated[str, AfterValidator(_known_measure)]
     arms: tuple[str, ...]
     against: str | None = None
     expected: Literal["more", "less"]

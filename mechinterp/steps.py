@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 # Raise a number when the step's results change for the same inputs.
 VERSIONS = {
     "train": 1,
+    "warm_up": 1,
+    "pass_rates": 1,
+    "reward": 1,
+    "writing": 1,
+    "confidence": 1,
+    "texts": 1,
     "checkpoint": 5,
     "gradients": 1,
     "recovery": 3,
@@ -36,6 +42,9 @@ VERSIONS = {
     "lesion": 1,
     "compare": 6,
 }
+
+
+REWARD_KINDS = ("warm_up", "pass_rates", "reward", "writing", "confidence", "texts")
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Step:
     def job(self, out: Path) -> Job:
         return Job(
             key=self.key,
-            function=f"mechinterp.steps.run_{self.kind}",
+            function=f"{_module(self.kind)}.run_{self.kind}",
             kwargs={
                 "directory": str(self.directory(out)),
                 "after": [str(step.directory(out)) for step in self.after],
@@ -88,6 +97,10 @@ class Step:
             },
             after=tuple(step.key for step in self.after if not step.is_done(out)),
         )
+
+
+def _module(kind: str) -> str:
+    return "mechinterp.reward_steps" if kind in REWARD_KINDS else "mechinterp.steps"
 
 
 def checkpoint_path(train: str | Path, step: int) -> Path:
@@ -121,7 +134,7 @@ def run_train(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
         model=None if start else ModelConfig(**inputs["model"]),
         start=start,
     )
-    _finish(Path(directory), inputs, begun)
+    finish_step(Path(directory), inputs, begun)
 
 
 def run_checkpoint(directory: str, after: list[str], inputs: dict[str, Any]) -> None:
@@ -288,10 +301,10 @@ def write_step(
     with atomic_directory(directory) as temporary:
         for name, table in tables.items():
             write_table(temporary / f"{name}.parquet", table)
-        _finish(temporary, inputs, begun)
+        finish_step(temporary, inputs, begun)
 
 
-def _finish(directory: Path, inputs: dict[str, Any], begun: float) -> None:
+def finish_step(directory: Path, inputs: dict[str, Any], begun: float) -> None:
     write_json(
         directory / "step.json", {"inputs": inputs, "seconds": round(time.monotonic() - begun, 2)}
     )

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mechinterp import files
 from mechinterp.arms import CONTROL
 from mechinterp.checkpoints.provenance import versions_and_machine
 from mechinterp.decisions import diagonal_utility, ex_post_shift
-from mechinterp.spec import StudySpec, StudyTask, Weights, load_study
+from mechinterp.plans import load_plan
+from mechinterp.spec import StudyTask, Weights
 from mechinterp.steps import checkpoint_path, run_missing
-from mechinterp.study_plan import Plan, make_plan
+from mechinterp.study_plan import Plan
 from mechinterp.training.pool import Job, run_jobs
 
 
@@ -30,9 +29,8 @@ def run_study(
 
     Whatever was finished before, by a run that was killed or by another preset, is kept and used.
     """
-    spec = load_study(path, preset=preset)
+    plan = load_plan(path, preset=preset)
     out = Path(out)
-    plan = make_plan(spec)
     begun = time.monotonic()
     if not all(step.is_done(out) for step in plan.steps):
         _link_runs(plan, out)
@@ -95,8 +93,8 @@ def _assemble(
         "plan": digest,
         "preset": preset,
         "command": command,
-        "spec": plan.spec.model_dump(mode="json"),
-        "training": _training_as_run(plan.spec),
+        "spec": plan.described,
+        "training": plan.training,
         **versions_and_machine(),
         "seeds": list(range(plan.spec.seeds)),
         "checkpoints": _checkpoint_hashes(plan, out),
@@ -107,14 +105,6 @@ def _assemble(
     }
     files.write_json(out / "manifest.json", manifest)
     write_report(out, title=plan.spec.question or plan.spec.name)
-
-
-def _training_as_run(spec: StudySpec) -> dict[str, Any]:
-    """Every task's training in each regime, with the steps that the spec's lengths give it."""
-    return {
-        name: {regime: asdict(task.training_of(regime)) for regime in spec.regimes}
-        for name, task in spec.tasks.items()
-    }
 
 
 def _write_task_file(path: Path, task: StudyTask, weights: dict[str, Weights]) -> None:

@@ -14,21 +14,27 @@ from mechinterp.steps import Step
 
 @dataclass(frozen=True)
 class Plan:
-    """Every step of a study. `runs` maps (task, regime, arm, seed) to its training step."""
+    """Every step of a study. `runs` maps (task, regime, arm, seed) to its training step.
+
+    `described` is the file that asked for it, and `training` the settings of its training, as a
+    manifest has them; both are those of `spec` unless it is part of a larger study.
+    """
 
     spec: StudySpec
     runs: dict[tuple[str, str, str, int], Step]
     measures: tuple[Step, ...]
+    described: dict[str, Any]
+    training: dict[str, Any]
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """All steps once each, for cells of a study may share one; task by task, so that a study
         which was stopped has whole tasks."""
-        tasks = list(self.spec.tasks)
+        places = {name: place for place, name in enumerate(self.spec.tasks)}
         steps: dict[str, Step] = {}
         for step in (*self.runs.values(), *self.measures):
             steps.setdefault(step.key, step)
-        return tuple(sorted(steps.values(), key=lambda step: tasks.index(step.labels["task"])))
+        return tuple(sorted(steps.values(), key=lambda s: places.get(s.labels["task"], -1)))
 
 
 def make_plan(spec: StudySpec) -> Plan:
@@ -49,8 +55,12 @@ def make_plan(spec: StudySpec) -> Plan:
                     runs[name, regime, arm, seed] = _train(
                         spec, name, regime, arm, seed, how, start
                     )
-            measures += _measures_of_seed(spec, name, seed, runs, arms)
-    return Plan(spec, runs, tuple(measures))
+            measures += measures_of_seed(spec, name, seed, runs, arms)
+    training = {
+        name: {regime: task.training_of(regime).as_inputs() for regime in spec.regimes}
+        for name, task in spec.tasks.items()
+    }
+    return Plan(spec, runs, tuple(measures), spec.model_dump(mode="json"), training)
 
 
 def arms_of(spec: StudySpec, name: str, regime: str) -> dict[str, Arm]:
@@ -94,7 +104,7 @@ def _train(
     return Step("train", inputs, labels, (start,) if start else ())
 
 
-def _measures_of_seed(
+def measures_of_seed(
     spec: StudySpec,
     name: str,
     seed: int,

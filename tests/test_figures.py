@@ -4,7 +4,6 @@ import itertools
 import os
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from figures.colormaps import diverging_map, sequential_map
 from figures.verdicts import STATES, WORDS
 from mechinterp import claims_text
 from mechinterp.errors import AnalysisError
-from mechinterp.seed_measures import Measure
+from mechinterp.seed_measures import MEASURES
 
 ROOT = Path(__file__).parents[1]
 FEW_STEPS = (0, 50, 400)
@@ -648,7 +647,7 @@ def test_claims_of_any_number_of_cells_fit_for_print(study, n_cells):
 
 
 def test_every_measure_of_a_claim_has_a_unit():
-    assert set(UNITS) == set(typing.get_args(Measure))
+    assert set(UNITS) == set(MEASURES)
     assert set(OUTCOMES) == set(claims_text.OUTCOMES)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechinterp.errors import TaskError
 
-SPLITS = {"train": 0.5, "validation": 0.1, "test": 0.4}
+SPLITS = {"train": 0.5, "validation": 0.2, "test": 0.3}
 
 
 def in_split(groups: Int[Tensor, "..."], split: str) -> Bool[Tensor, "..."]:

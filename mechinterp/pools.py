@@ -1,0 +1,56 @@
+"""Problems to train on, chosen by how often the start of the training solves them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mechinterp.errors import TrainingError
+from mechinterp.tasks.written import Problems, WrittenTask, unsolvable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechinterp.reward_spec import Pool
+
+
+def candidate_problems(task: WrittenTask, n: int, *, planted: float, seed: int) -> Problems:
+    """The problems that pass rates are measured of; the same for the same arguments."""
+    return task.problems(n, seed=seed, split="train", planted=planted)
+
+
+def choose_pool(
+    candidates: Problems, rates: pd.DataFrame, pool: Pool, *, rng: np.random.Generator
+) -> Problems:
+    """`pool.size` of the candidates, or as many as there are, their share of shortcuts as asked.
+
+    `rates` has a row per candidate, in order, with its `pass_rate` under the start.
+    Raises TrainingError where none is left, or where shortcuts are wanted and there are none.
+    """
+    rate = rates["pass_rate"].to_numpy()
+    fits = (rate > pool.above) & (rate <= pool.to)
+    planted = candidates.planted.numpy()
+    n_planted = round(pool.size * pool.planted)
+    parts = []
+    for wanted, is_planted in ((n_planted, True), (pool.size - n_planted, False)):
+        found = np.flatnonzero(fits & (planted == is_planted))
+        if wanted and not len(found):
+            what = "with a shortcut" if is_planted else "without a shortcut"
+            raise TrainingError(
+                f"pool: no candidate {what} has a pass rate in ({pool.above}, {pool.to}]; "
+                "raise candidates.n, or change the pool's limits or the warm-up"
+            )
+        parts.append(rng.permutation(found)[:wanted])
+    smallest = min(
+        len(part) / wanted
+        for part, wanted in zip(parts, (n_planted, pool.size - n_planted), strict=True)
+        if wanted
+    )
+    # Fewer of both, so that the share stays.
+    kept = [
+        part[: max(1, round(smallest * wanted))] if wanted else part
+        for part, wanted in zip(parts, (n_planted, pool.size - n_planted), strict=True)
+    ]
+    problems = candidates.select(np.concatenate(kept).tolist())
+    return problems if pool.solvable else unsolvable(problems)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from mechinterp.errors import TrainingError
 from mechinterp.randomness import derive_generator, derive_seed
 from mechinterp.tasks.written import Problems, WrittenTask
 from mechinterp.training.batches import STEPS_PER_DRAW
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +102,15 @@ class ProblemBatches:
     def _epoch(self, epoch: int, n: int) -> torch.Tensor:
         generator = derive_generator(self.seed, *self.labels, "epoch", epoch)
         return torch.randperm(n, generator=generator)
+
+
+def check_length(model: PreTrainedModel, problems: Problems, n_new: int) -> None:
+    """Raise TrainingError where prompts and `n_new` tokens are more than the network has
+    positions for."""
+    longest = problems.tokens.shape[1] + n_new
+    n_positions = model.config.get_text_config().max_position_embeddings
+    if longest > n_positions:
+        raise TrainingError(
+            f"problems: prompts and completions have up to {longest} tokens, but the network has "
+            f"{n_positions} positions; raise n_positions, or lower the levels or max_new_tokens"
+        )

@@ -19,7 +19,7 @@ from mechinterp.policy_gradient import aggregate, kl, policy_loss
 from mechinterp.randomness import derive_generator
 from mechinterp.rollouts import Rollouts, completion_log_probs, sample_completions
 from mechinterp.tasks.written import Marks, Problems, WrittenTask
-from mechinterp.training.problem_batches import ProblemBatches, ProblemSource
+from mechinterp.training.problem_batches import ProblemBatches, ProblemSource, check_length
 from mechinterp.training.rewarded_config import Reward, RewardedConfig
 from mechinterp.training.rewarded_log import gradient_norms, measure_samples
 from mechinterp.training.rewarded_signal import (
@@ -145,12 +145,14 @@ class RewardedRun(Run):
 
     def _sample(self, model: PreTrainedModel, step: int) -> _Samples:
         problems = self.batches(step)
+        max_new_tokens = self.rewarded.max_new_tokens or self.task.max_new_tokens
+        check_length(model, problems, max_new_tokens)
         rollouts = sample_completions(
             model,
             problems.tokens,
             problems.mask,
             n_samples=self.rewarded.n_samples,
-            max_new_tokens=self.rewarded.max_new_tokens or self.task.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             end_token=self.task.end_token,
             pad_token=self.task.pad_token,
             temperature=self.rewarded.temperature,

@@ -18,7 +18,7 @@ from mechinterp.policy_gradient import aggregate
 from mechinterp.rollouts import completion_log_probs
 from mechinterp.tasks.written import Problems, WrittenTask
 from mechinterp.training.config import ModelConfig, TrainingConfig
-from mechinterp.training.problem_batches import ProblemBatches, ProblemSource
+from mechinterp.training.problem_batches import ProblemBatches, ProblemSource, check_length
 from mechinterp.training.run import Row, Run
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class _WarmUpRun(Run):
     def update(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int) -> Row:
         began = time.perf_counter()
         problems = self.batches(step)
+        check_length(model, problems, problems.solutions.shape[1])
         solutions = rearrange(problems.solutions, "problems tokens -> problems 1 tokens")
         mask = rearrange(problems.solution_mask, "problems tokens -> problems 1 tokens")
         log_probs = completion_log_probs(model, problems.tokens, problems.mask, solutions)

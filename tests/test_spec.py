@@ -10,6 +10,7 @@ import yaml
 
 from mechinterp.arm_names import kind_and_weights
 from mechinterp.errors import SpecError
+from mechinterp.plans import load_plan
 from mechinterp.spec import load_study, load_task
 from mechinterp.study_plan import arms_of, make_plan
 from mechinterp.validation import load_validation, make_validation_plan
@@ -124,7 +125,7 @@ def test_every_study_that_is_shipped_can_be_planned(path, preset):
     if path.stem == "validation":
         assert make_validation_plan(load_validation(path, preset=preset)).steps
     else:
-        assert make_plan(load_study(path, preset=preset)).steps
+        assert load_plan(path, preset=preset).steps
 
 
 def test_every_claim_of_the_shipped_finding_names_arms_that_it_trains():

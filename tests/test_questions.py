@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mechinterp import tasks
@@ -50,6 +50,7 @@ def bayes(task, row: torch.Tensor) -> np.ndarray:
 
 @settings(max_examples=30, deadline=None)
 @given(question_settings)
+@example({"reliabilities": [0.5, 0.05000000000000001, 0.05], "n_witnesses": 2})
 def test_posterior_is_bayes_rule(options):
     task = tasks.get("questions", **options)
     items = task.sample(20, seed=1)

@@ -175,7 +175,7 @@ class Questions(Task, WrittenTask):
         )
 
     def _candidates(self, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        reliable = torch.tensor(self.reliabilities)
+        reliable = torch.tensor(self.reliabilities, dtype=torch.float64)
         allowed = torch.arange(len(reliable))
         if self.shift == "unreliable":
             allowed = reliable.argsort(stable=True)[: max(1, len(reliable) // 2)]
@@ -220,7 +220,9 @@ class Questions(Task, WrittenTask):
 
     def _items(self, kinds: Tensor, says: Tensor, fillers: Tensor, labels: Tensor) -> Items:
         posterior = self.posterior(kinds, says)
-        reliable = torch.tensor([*self.reliabilities, -1.0])[kinds]  # kind -1: the last
+        reliable = torch.tensor([*self.reliabilities, -1.0], dtype=torch.float64)[
+            kinds
+        ]  # kind -1: the last
         strongest = reliable.argmax(1)
         roles = np.empty((len(kinds), self.n_positions), dtype=object)
         roles[:, 0], roles[:, 1], roles[:, -1] = "start", "filler", "decision"
@@ -256,7 +258,7 @@ class Questions(Task, WrittenTask):
         is "strongest" where that witness is the most reliable, else "favourite": in turn, as long
         as there are both."""
         generator = derive_generator(seed, "questions", split, "pairs")
-        kinds, says, fillers, labels = self._draw(16 * n, split, generator)
+        kinds, says, fillers, labels = self._draw(64 * n, split, generator)
         rows = torch.arange(len(kinds))
         place = rows % self.n_witnesses
         changed = says.clone()

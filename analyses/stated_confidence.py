@@ -30,9 +30,10 @@ from torch import Tensor
 from analyses.streams import decision_sites
 from mechinterp.hooked import HookedModel
 from mechinterp.rollouts import sample_completions
+from mechinterp.seed_measures import CONFIDENCE
 from mechinterp.tasks.questions import Questions
 from mechinterp.tasks.written import Problems
-from probes.calibration import Reliability, equal_width_bins, reliability
+from probes.calibration import equal_width_bins, reliability
 from probes.measures import auroc
 
 N_BINS = 10
@@ -40,6 +41,7 @@ SATURATED = 0.05  # within this of 0 or 1
 FLOOR = 0.01  # so that a stated certainty is finite in log-odds
 TEMPERATURES = torch.logspace(-1, 1, 81)
 N_FOLDS = 5
+DIAGRAM = ("bin", "predicted", "observed", "n_items")
 
 
 @dataclass(frozen=True)
@@ -221,44 +223,25 @@ def _log_loss(answers: Answers, temperature: float) -> Float[Tensor, ""]:
 def _judge(
     confidence: Float[Tensor, " questions"], answers: Answers
 ) -> tuple[dict[str, float], pd.DataFrame]:
+    """The measures of a reading, and its diagram."""
     known = ~confidence.isnan()
-    columns = ["bin", "predicted", "observed", "n_items"]
     if known.sum() * 2 < len(known):
-        nothing = dict.fromkeys(_measures(None, confidence, answers), float("nan"))
-        return {**nothing, "accuracy": answers.accuracy}, pd.DataFrame(columns=columns)
-    said, correct = confidence[known], answers.correct[known]
-    found = reliability(said, correct.double(), equal_width_bins(said, N_BINS))
-    diagram = pd.DataFrame(
-        {
-            "bin": found.bins,
-            "predicted": found.predicted,
-            "observed": found.observed,
-            "n_items": found.n_items,
-        }
-    )
-    return _measures(found, confidence, answers), diagram
-
-
-def _measures(
-    found: Reliability | None, confidence: Float[Tensor, " questions"], answers: Answers
-) -> dict[str, float]:
-    known = ~confidence.isnan()
+        nothing = dict.fromkeys(CONFIDENCE, float("nan"))
+        return {**nothing, "accuracy": answers.accuracy}, pd.DataFrame(columns=DIAGRAM)
     said, correct = confidence[known], answers.correct[known]
     outcome = correct.double()
-    edge = torch.minimum(said, 1 - said)
-    gap = torch.tensor(torch.nan) if found is None else found.mass @ found.gap.square()
-    spread = torch.tensor(torch.nan)
-    if found is not None:
-        spread = found.mass @ (found.observed - outcome.mean()).square()
-    return {
+    found = reliability(said, outcome, equal_width_bins(said, N_BINS))
+    measures = {
         "accuracy": answers.accuracy,
-        "ece": float("nan") if found is None else found.error,
-        "ece_debiased": float("nan") if found is None else found.debiased_error,
+        "ece": found.error,
+        "ece_debiased": found.debiased_error,
         "brier": float((said - outcome).square().mean()),
-        "reliability": float(gap),
-        "resolution": float(spread),
+        "reliability": float(found.mass @ found.gap.square()),
+        "resolution": float(found.mass @ (found.observed - outcome.mean()).square()),
         "auroc": float(auroc(said, correct)),
-        "saturated": float((edge <= SATURATED).double().mean()),
+        "saturated": float((torch.minimum(said, 1 - said) <= SATURATED).double().mean()),
         "mean": float(said.mean()),
         "truth_gap": float((said - answers.right[known]).abs().mean()),
     }
+    columns = (found.bins, found.predicted, found.observed, found.n_items)
+    return measures, pd.DataFrame(dict(zip(DIAGRAM, columns, strict=True)))

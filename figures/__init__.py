@@ -40,6 +40,11 @@ NAMES = (
     "circuits",
     "calibration",
     "incentives",
+    "writing",
+    "rollouts",
+    "text_sources",
+    "stated_reliability",
+    "stated_confidence",
     "validity",
 )
 FORMATS = ("pdf", "svg", "png")

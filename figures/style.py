@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from figures.tables import strength
-from mechinterp.arm_names import kind_and_weights
+from mechinterp.arm_names import kind_and_advantage, kind_and_weights
 from mechinterp.files import atomic_file
 
 if TYPE_CHECKING:
@@ -68,13 +68,14 @@ RC = {
 
 class ArmStyle(NamedTuple):
     color: str
-    marker: str
+    marker: Any
     linestyle: Any
     label: str
 
 
 # Okabe & Ito's palette; arms of one kind share a hue, so the weights read as a dose. The kinds of a
-# family (`figures.tables.FAMILIES`), which stand side by side, are told apart by all three.
+# family (`figures.tables.FAMILIES`), which stand side by side, are told apart by all three; those
+# trained by reward by colour and marker, since their line tells how rewards become advantages.
 _ARMS = {
     "before": ("#000000", "o", "-", "before"),
     "symmetric": ("#000000", "o", "-", "symmetric"),
@@ -101,6 +102,29 @@ _KINDS = {
     "lws": ("#4B8B3B", "^", "-.", "LWS"),
     "tau_norm": ("#B07D00", "p", "--", "τ-norm"),
     "dfr": ("#6A3D9A", "<", ":", "DFR"),
+    "easy": ("#56B4E9", "^", "-", "easy"),
+    "medium": ("#332288", "s", "-", "medium"),
+    "hard": ("#E69F00", "P", "-", "hard"),
+    "near_impossible": ("#D55E00", "<", "-", "near-impossible"),
+    "near_impossible_shortcut": ("#882255", "*", "-", "near-impossible with shortcuts"),
+    "impossible": ("#999933", "p", "-", "impossible"),
+    "mixed": ("#117733", "d", "-", "mixed"),
+    "binary": ("#D55E00", "v", "-", "binary"),
+    "brier": ("#117733", "s", "-", "Brier"),
+    "brier_routed": ("#56B4E9", "P", "-", "Brier, routed"),
+    "log_score": ("#882255", "<", "-", "log score"),
+    "sft": ("#999933", "h", "-", "supervised"),
+}
+_ADVANTAGE_LINES = {
+    "standardised": "-",
+    "centred": (0, (3, 1)),
+    "leave_one_out": "-.",
+    "reinforce": ":",
+}
+# Of arms whose rewards are not divided by their spread.
+_TURNED = {
+    **{"^": "v", "v": "^", "<": ">", "s": "D", "d": "8", "h": "H"},
+    **{"P": (4, 1, 45), "*": (5, 1, 180), "p": (5, 0, 180)},
 }
 FULL_DOSE = 1.98  # the weight at which a kind has its full colour
 _OTHER_ARMS = (
@@ -127,10 +151,15 @@ def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
     return styles
 
 
-def _look_of(arm: str) -> tuple[str, str, Any] | None:
+def _look_of(arm: str) -> tuple[str, Any, Any] | None:
     """Colour, marker and line of a known arm, or of its kind: paler at weights below 1.98."""
     if arm in _ARMS:
         return _ARMS[arm][:3]
+    kind, advantage = kind_and_advantage(arm)
+    if advantage and kind in _KINDS:
+        color, marker = _KINDS[kind][:2]
+        turned = marker if advantage == "standardised" else _TURNED.get(marker, marker)
+        return color, turned, _ADVANTAGE_LINES[advantage]
     kind, weights = kind_and_weights(arm)
     dose = float(weights or FULL_DOSE)
     if kind not in _KINDS or dose >= 2:  # weights by other names
@@ -143,9 +172,12 @@ def _look_of(arm: str) -> tuple[str, str, Any] | None:
 
 
 def arm_label(arm: str) -> str:
-    """ "weighted 1.8" for "weighted_1.8"."""
+    """ "weighted 1.8" for "weighted_1.8", "hard, centred" for "hard_centred"."""
     if arm in _ARMS and _ARMS[arm][3]:
         return _ARMS[arm][3]
+    kind, advantage = kind_and_advantage(arm)
+    if advantage:
+        return f"{arm_label(kind)}, {advantage.replace('_', ' ')}"
     kind, weights = kind_and_weights(arm)
     name = _KINDS[kind][3] if kind in _KINDS else kind.replace("_", " ")
     return f"{name} {weights}" if weights else name

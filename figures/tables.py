@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechinterp.arm_names import kind_and_weights
+from mechinterp.arm_names import ADVANTAGES, kind_and_advantage, kind_and_weights
 from mechinterp.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -24,14 +24,19 @@ FAMILIES = {
     ),
     "hard_examples": ("focal", "hard_batch", "hard_data"),
     "refits": ("crt", "lws", "tau_norm", "dfr"),
+    "pools": (
+        *("easy", "medium", "hard", "near_impossible", "near_impossible_shortcut"),
+        *("impossible", "mixed"),
+    ),
+    "rewards": ("binary", "brier", "brier_routed", "log_score", "sft"),
 }
 KIND_ORDER = (*CONTROLS, *(kind for kinds in FAMILIES.values() for kind in kinds), "after")
 MAX_ARMS, MAX_SETTINGS = 6, 4  # that one file can show, beside the controls
 PART = (
     " With more arms or settings than one file can show, there is a file per task, and per family "
-    "of arms: weighting, hard_examples and refits. It has the arms of its family at the strongest "
-    "weights beside the controls; those at milder weights are left out. More than four arms at one "
-    "place are drawn side by side."
+    "of arms: weighting, hard_examples, refits, pools of samples and rewards; of many in pieces. "
+    "It has the arms of its family at the strongest weights beside the controls; those at milder "
+    "weights are left out. More than four arms at one place are drawn side by side."
 )
 REGIME_ORDER = ("branched", "from_init", "pair")
 
@@ -46,10 +51,12 @@ def read_tables(
     *,
     task: str | None = None,
     arms: Sequence[str] | None = None,
+    starts: bool = False,
 ) -> dict[str, pd.DataFrame]:
     """The tables that a figure needs, from a folder of saved tables or from tables in memory.
 
-    Of one `task` and of some `arms`, or of all. Raises AnalysisError when a needed table, or a
+    Of one `task` and of some `arms`, or of all; with rows of the networks "before" if `starts`, see
+    `without_starts`. Raises AnalysisError when a needed table, or a
     column of any of them, is absent.
     """
     tables = {}
@@ -71,7 +78,7 @@ def read_tables(
             continue
         if table.empty:
             raise AnalysisError(f"table {name!r} is empty: there is nothing to draw")
-        tables[name] = without_starts(table)
+        tables[name] = table if starts else without_starts(table)
     return tables
 
 
@@ -154,9 +161,10 @@ def arms_in(table: pd.DataFrame) -> list[str]:
     """The arms of a table, in the order in which every figure lists them."""
     known = {kind: rank for rank, kind in enumerate(KIND_ORDER)}
 
-    def rank(arm: str) -> tuple[int, float, str]:
-        kind = kind_and_weights(arm)[0]
-        return known.get(kind, len(known)), strength(costs_of(arm)) if kind in known else 0, arm
+    def rank(arm: str) -> tuple[int, float, int, str]:
+        kind, advantage = kind_and_advantage(kind_and_weights(arm)[0])
+        weight = strength(costs_of(arm)) if kind in known else 0
+        return known.get(kind, len(known)), weight, ("", *ADVANTAGES).index(advantage or ""), arm
 
     return sorted(table["arm"].unique(), key=rank)
 
@@ -204,7 +212,7 @@ def parts(
 
 def arm_groups(table: pd.DataFrame, max_arms: int = MAX_ARMS) -> dict[str, tuple[str, ...] | None]:
     """How a task's arms are spread over files: ending of the name -> arms; None: all of them."""
-    kinds = {arm: kind_and_weights(arm)[0] for arm in arms_in(table)}
+    kinds = {arm: kind_and_advantage(kind_and_weights(arm)[0])[0] for arm in arms_in(table)}
     own = [arm for arm, kind in kinds.items() if kind not in CONTROLS]
     if len(own) <= max_arms:
         return {"": None}

@@ -43,14 +43,20 @@ $(READY): pyproject.toml constraints.txt
 		|| echo "reasoning-gym could not be installed; its tests will be skipped"
 	touch $@
 
-UTILITY := studies/utility_weighted.yaml
-FINDING := docs/findings/utility_weighted
+# A finding: its study, its claims, the tables and figures of its page. $(1) study, $(2) preset, $(3) figures.
+define finding
+	$(BIN)/mechinterp study studies/$(1).yaml --preset $(2) --out results/$(1)
+	$(BIN)/mechinterp claims studies/$(1).yaml results/$(1)/tables \
+		--keep docs/findings/$(1)/tables --page docs/findings/$(1).md
+	for figure in $(3); do \
+		$(BIN)/python -m figures.$$figure docs/findings/$(1)/tables \
+			--out docs/findings/$(1)/figures --formats png; done
+endef
 
-findings: $(READY)  ## hours: the finding's study, its claims, the tables and figures of its page
-	$(BIN)/mechinterp study $(UTILITY) --preset full --out results/utility_weighted
-	$(BIN)/mechinterp claims $(UTILITY) results/utility_weighted/tables --keep $(FINDING)/tables --page $(FINDING).md
-	for figure in claims dissociation speed gradients incentives verdicts; do \
-		$(BIN)/python -m figures.$$figure $(FINDING)/tables --out $(FINDING)/figures --formats png; done
+findings: $(READY)  ## hours: the pages of docs/findings, from nothing
+	$(call finding,utility_weighted,full,claims dissociation speed gradients incentives verdicts)
+	$(call finding,hard_samples,core,claims writing rollouts text_sources verdicts)
+	$(call finding,calibration,core,claims stated_confidence stated_reliability rollouts verdicts)
 
 VALIDITY := docs/validity
 

@@ -39,7 +39,7 @@ from mechinterp.training.problem_batches import ProblemSource
 from mechinterp.training.rewarded import RewardedConfig, RewardedRun
 
 N_PROMPT_TOKENS, N_SAMPLES, N_TOKENS = 12, 8, 9
-N_WARM = 3  # steps that are not counted
+N_WARM = 2  # steps that are not counted
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from figures import style
 from figures.tables import Tables, arms_in, files_by_task, over_seeds, read_tables, where
 from mechinterp.arm_names import ADVANTAGES, kind_and_advantage
@@ -23,11 +21,12 @@ CAPTION = (
     "The log of training by reward, measured on the samples that each step trains on: those of an "
     "arm's own problems, so that levels of different arms do not compare. Each seed's curve is a "
     "running mean, over a fifteenth of the training to both sides together (shorter at the ends); "
-    "lines are means over seeds, bands their 95% t intervals. Solved: problems with a right "
-    "answer among their samples. Groups without signal: all samples of a problem got the same "
-    "reward. Lone successes: one sample of a problem is right. Commonest answer: the share, of "
-    "the answers given in a step, that it has. Divergence from the start: of the texts sampled, "
-    "measured now and then. Gradient norm: before clipping."
+    "lines are means over seeds, bands their 95% t intervals, cut where they leave the range of "
+    "single seeds. Solved: problems with a right answer among their samples. Groups without "
+    "signal: all samples of a problem got the same reward. Lone successes: one sample of a "
+    "problem is right. Commonest answer: the share, of the answers given in a step, that it has. "
+    "Divergence from the start: of the texts sampled, measured now and then. Gradient norm: "
+    "before clipping."
 )
 
 
@@ -54,6 +53,7 @@ MEASURES = {
 NEEDS = {"training": ("task", "regime", "arm", "seed", "step", "reward", "correct")}
 N_COLUMNS = 4
 SMOOTHED = 15  # running means over this part of the steps
+FEW = 20  # points that are marked
 
 
 def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
@@ -82,10 +82,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str, arms: Sequence[
     looks, summaries = style.arm_styles(arms_in(log)), []
     for ax, name in zip(axes.flat, measures, strict=False):
         measure = MEASURES[name]
-        smooth = _smoothed(log, name)
-        summary = over_seeds(smooth, ["arm", "step"], scale=measure.scale)
-        summaries.append(summary)
-        _panel(ax, summary, looks, np.unique(log["step"]))
+        summaries.append(_panel(ax, _smoothed(log, name), looks, measure))
         ax.set_title(measure.title)
         ax.set_ylabel(measure.unit)
     for ax in axes.flat[len(measures) :]:
@@ -126,18 +123,28 @@ def _smoothed(log: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _panel(
-    ax: Axes, summary: pd.DataFrame, looks: dict[str, style.ArmStyle], steps: np.ndarray
-) -> None:
+    ax: Axes, courses: pd.DataFrame, looks: dict[str, style.ArmStyle], measure: _Measure
+) -> pd.DataFrame:
+    """Means and their bands, on an axis that holds every seed's course."""
     from matplotlib.ticker import MaxNLocator
 
+    summary = over_seeds(courses, ["arm", "step"], scale=measure.scale)
     for arm, look in looks.items():
         rows = where(summary, arm=arm).sort_values("step")
         x, mean, low, high = (rows[c].to_numpy(float) for c in ("step", "mean", "low", "high"))
-        ax.plot(x, mean, color=look.color, linestyle=look.linestyle, lw=1)
+        marker = "o" if len(rows) <= FEW else None
+        ax.plot(x, mean, color=look.color, linestyle=look.linestyle, lw=1, marker=marker, ms=1.5)
         ax.fill_between(x, low, high, color=look.color, alpha=0.15, lw=0)
+    values = measure.scale * courses["value"].dropna()
+    pad = max(0.08 * (values.max() - values.min()), 1e-3)
+    low, high = values.min() - pad, values.max() + pad
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    room = high - 0.08 * (high - low)  # for the panel's letter above
+    ax.set_yticks([tick for tick in ticks if low <= tick <= room])
+    ax.set_ylim(low, high)
     ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    ax.set_xlim(steps.min(), steps.max())
+    ax.set_xlim(courses["step"].min(), courses["step"].max())
+    return summary
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ NEEDS = {
 }
 MEASURES = ("pass_1", "repetition", "steps_missing", "steps_wrong", "response_length")
 MARGIN = 5.0  # points
-MAX_ROWS = 40  # of arms in all panels of a column: what fits on a page
-ROW = 0.17  # inches
+PAGE, ROW, BETWEEN = 8.5, 0.17, 0.5  # inches: all panels of a column, an arm, below a panel
 
 
 def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
@@ -61,7 +60,7 @@ def variants(source: str | Path | Tables) -> dict[str, dict[str, Any]]:
     for stem, setting in files_by_task("writing", table).items():
         rows = where(table, **setting)
         measures = [measure for measure in MEASURES if measure in set(rows["measure"])]
-        at_once = max(1, MAX_ROWS // rows["arm"].nunique())
+        at_once = max(1, int(PAGE / (ROW * (rows["arm"].nunique() - 1) + BETWEEN)))
         for page, first in enumerate(range(0, len(measures), at_once)):
             ending = f"_{page + 1}" if page else ""
             chosen = tuple(measures[first : first + at_once])
@@ -89,7 +88,7 @@ def _draw_changes(table: pd.DataFrame, measures: Sequence[str], note: str) -> Fi
     figure, axes = style.grid(
         len(measures),
         len(sets),
-        row_height=ROW * len(arms) + 0.5,
+        row_height=ROW * len(arms) + BETWEEN,
         margin=0.8,
         sharex="row",
         sharey=True,
@@ -110,7 +109,7 @@ def _draw_changes(table: pd.DataFrame, measures: Sequence[str], note: str) -> Fi
             _dots(ax, points.assign(value=unit.scale * points["value"]), means, arms, looks)
             least = 1.2 * MARGIN if is_share else 0
             percent_axis(ax, "x", np.concatenate(reach), signed=True, at_least=least, log_above=1e9)
-            ax.set_xlabel(_axis_label(unit))
+            ax.set_xlabel(style.wrap(_axis_label(unit), 80 // len(sets)))
     for ax, problems in zip(axes[0], sets, strict=True):
         ax.set_title(style.wrap(problems))
     style.letter_panels(axes)
@@ -167,7 +166,7 @@ def _dots(
 def _axis_label(unit: _Unit) -> str:
     what = unit.name.removesuffix(" since the start")
     measured = "points" if unit.unit == "%" else unit.unit
-    return style.wrap(f"{what[0].upper()}{what[1:]} ({measured})", 20)
+    return f"{what[0].upper()}{what[1:]} ({measured})"
 
 
 def _draw_course(table: pd.DataFrame, note: str) -> Figure:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechinterp import files
-from mechinterp.arm_names import kind_and_weights
+from mechinterp.arm_names import kind_and_advantage, kind_and_weights
 from mechinterp.errors import AnalysisError
 from mechinterp.statistics import equivalence_test, holm, t_interval, t_test
 from mechinterp.verdict import state_of
@@ -116,9 +116,10 @@ def _cells(
         here = values[(values["task"] == task) & (values["regime"] == regime)]
         for arm in dict.fromkeys(here["arm"]):
             kind, weights = kind_and_weights(arm)
-            if kind not in claim.arms:
+            kind, advantage = kind_and_advantage(kind)
+            if kind not in claim.arms and arm not in claim.arms:
                 continue
-            against = _reference(claim, weights, set(here["arm"]))
+            against = _reference(claim, weights or advantage, set(here["arm"]))
             for costs in _costs_of(claim, here[here["arm"] == arm], weights):
                 changes = changes_by_seed(here, arm, against, costs)
                 if not len(changes):
@@ -144,12 +145,12 @@ def _cells(
                 }
 
 
-def _reference(claim: Claim, weights: str | None, arms: set[str]) -> str | None:
-    """The arm of kind `against` that serves the same weights, else the one that serves none."""
-    if claim.against is None or weights is None:
+def _reference(claim: Claim, variant: str | None, arms: set[str]) -> str | None:
+    """The arm of kind `against` of the same weights or advantage, else the one that has none."""
+    if claim.against is None or variant is None:
         return claim.against
-    serving = f"{claim.against}_{weights}"
-    return serving if serving in arms else claim.against
+    alike = f"{claim.against}_{variant}"
+    return alike if alike in arms else claim.against
 
 
 def _costs_of(claim: Claim, own: pd.DataFrame, weights: str | None) -> list[str]:

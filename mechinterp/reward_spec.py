@@ -210,4 +210,18 @@ def load_reward_study(path: str | Path, *, preset: str | None = None) -> RewardS
             task.make()
         except TaskError as error:
             raise SpecError(f"{path}: tasks.{name}.settings: {error}") from error
+    for name in spec.texts:
+        _check_texts(f"{path}: tasks.{name}", spec.tasks[name].make())
     return spec.model_copy(update={"arms": arms})
+
+
+def _check_texts(where: str, task: Any) -> None:
+    from mechinterp.tasks.arithmetic import Arithmetic
+
+    if not isinstance(task, Arithmetic):
+        raise SpecError(f"{where}: has no texts to measure on; take it out of texts")
+    if task.n_terms > task.max_terms:
+        raise SpecError(
+            f"{where}.settings: its texts have n_terms = {task.n_terms} numbers, more than "
+            f"problems may have; set max_terms to at least {task.n_terms}"
+        )

@@ -41,14 +41,7 @@ def measure_calibration(
         worth = weights.sum(1)
         observed = weights[:, -1] / worth
         found = reliability(predicted, observed, bins, weights=worth, groups=items.groups)
-        diagram = pd.DataFrame(
-            {
-                "bin": found.bins,
-                "predicted": found.predicted,
-                "observed": found.observed,
-                "n_items": found.n_items,
-            }
-        )
+        diagram = pd.DataFrame(found.diagram)
         diagrams.append(diagram.assign(costs=name)[["costs", *diagram.columns]])
         log_scores = decisions.log_score(streams.action_logits, target, utility)
         summary.append(

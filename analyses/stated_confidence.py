@@ -29,7 +29,7 @@ from torch import Tensor
 
 from analyses.streams import decision_sites
 from mechinterp.hooked import HookedModel
-from mechinterp.rollouts import sample_completions
+from mechinterp.rollouts import sample_answers
 from mechinterp.seed_measures import CONFIDENCE
 from mechinterp.tasks.questions import Questions
 from mechinterp.tasks.written import Problems
@@ -41,7 +41,6 @@ SATURATED = 0.05  # within this of 0 or 1
 FLOOR = 0.01  # so that a stated certainty is finite in log-odds
 TEMPERATURES = torch.logspace(-1, 1, 81)
 N_FOLDS = 5
-DIAGRAM = ("bin", "predicted", "observed", "n_items")
 
 
 @dataclass(frozen=True)
@@ -118,16 +117,8 @@ def _answer(
     parts = []
     for index in torch.arange(len(problems)).split(512):
         part = problems.select(index)
-        rollouts = sample_completions(
-            model.model,
-            part.tokens,
-            part.mask,
-            n_samples=1,
-            max_new_tokens=task.max_new_tokens,
-            end_token=task.end_token,
-            pad_token=task.pad_token,
-            temperature=temperature,
-            generator=generator,
+        rollouts = sample_answers(
+            model.model, task, part, temperature=temperature, generator=generator
         )
         marks = task.mark(part, rollouts.completions, rollouts.mask)
         logits = model.forward(part.tokens, positions=-1)[:, list(task.actions)]
@@ -227,7 +218,7 @@ def _judge(
     known = ~confidence.isnan()
     if known.sum() * 2 < len(known):
         nothing = dict.fromkeys(CONFIDENCE, float("nan"))
-        return {**nothing, "accuracy": answers.accuracy}, pd.DataFrame(columns=DIAGRAM)
+        return {**nothing, "accuracy": answers.accuracy}, pd.DataFrame()
     said, correct = confidence[known], answers.correct[known]
     outcome = correct.double()
     found = reliability(said, outcome, equal_width_bins(said, N_BINS))
@@ -243,5 +234,4 @@ def _judge(
         "mean": float(said.mean()),
         "truth_gap": float((said - answers.right[known]).abs().mean()),
     }
-    columns = (found.bins, found.predicted, found.observed, found.n_items)
-    return measures, pd.DataFrame(dict(zip(DIAGRAM, columns, strict=True)))
+    return measures, pd.DataFrame(found.diagram)

@@ -21,7 +21,7 @@ from torch import Tensor
 from analyses.streams import action_shift
 from mechinterp.files import write_table
 from mechinterp.hooked import HookedModel
-from mechinterp.rollouts import sample_completions
+from mechinterp.rollouts import sample_answers
 from mechinterp.tasks.arithmetic import Arithmetic
 from mechinterp.tasks.base import Items
 from probes.measures import mean_estimate
@@ -89,16 +89,8 @@ def _write(
     tables = []
     for index in torch.arange(len(problems)).split(PROBLEMS_AT_ONCE):
         part = problems.select(index)
-        rollouts = sample_completions(
-            network.model,
-            part.tokens,
-            part.mask,
-            n_samples=1,
-            max_new_tokens=task.max_new_tokens,
-            end_token=task.end_token,
-            pad_token=task.pad_token,
-            temperature=temperature,
-            generator=generator,
+        rollouts = sample_answers(
+            network.model, task, part, temperature=temperature, generator=generator
         )
         tables.append(task.written_texts(part, rollouts.completions, rollouts.mask))
     return pd.concat(tables, ignore_index=True)

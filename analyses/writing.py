@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.policy_gradient import kl
-from mechinterp.rollouts import Rollouts, completion_log_probs, sample_completions
+from mechinterp.rollouts import Rollouts, completion_log_probs, sample_answers
 from mechinterp.tasks.written import Marks, Problems, WrittenTask
 from probes.measures import mean_estimate
 
@@ -53,14 +53,12 @@ def measure_writing(
     rows = []
     for index in torch.arange(len(problems)).split(max(1, ROWS_AT_ONCE // n_samples)):
         part = problems.select(index)
-        rollouts = sample_completions(
+        rollouts = sample_answers(
             model,
-            part.tokens,
-            part.mask,
+            task,
+            part,
             n_samples=n_samples,
-            max_new_tokens=max_new_tokens or task.max_new_tokens,
-            end_token=task.end_token,
-            pad_token=task.pad_token,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             generator=generator,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mechinterp.errors import AnalysisError
 from mechinterp.progress import progress_bar
-from mechinterp.rollouts import sample_completions
+from mechinterp.rollouts import sample_answers
 from mechinterp.statistics import proportion_interval
 from mechinterp.tasks.written import Problems, WrittenTask
 
@@ -47,8 +48,8 @@ def measure_pass_rates(
     Columns: problem, level, planted, n_samples, n_correct, pass_rate (pass@1), low and high
     (Clopper-Pearson, 95%), and pass_at_<k> for each of `ks`, see `pass_at_k`.
     """
-    counts = {"temperature": temperature, "generator": generator}
-    counts |= {"max_new_tokens": max_new_tokens or task.max_new_tokens}
+    counts: dict[str, Any] = {"temperature": temperature, "generator": generator}
+    counts |= {"max_new_tokens": max_new_tokens}
     n = np.full(len(problems), n_screening or n_samples)
     correct = _count_correct(model, task, problems, int(n[0]) if len(n) else 1, **counts)
     if n_screening is not None:
@@ -111,7 +112,7 @@ def _count_correct(
     problems: Problems,
     n_samples: int,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     generator: torch.Generator,
 ) -> np.ndarray:
@@ -123,16 +124,15 @@ def _count_correct(
         for index in _alike(problems, n_prompts):
             part = problems.select(index)
             length = int(part.mask.sum(1).max())
+            part = replace(part, tokens=part.tokens[:, -length:], mask=part.mask[:, -length:])
             for first in range(0, n_samples, at_once):
                 n = min(at_once, n_samples - first)
-                rollouts = sample_completions(
+                rollouts = sample_answers(
                     model,
-                    part.tokens[:, -length:],
-                    part.mask[:, -length:],
+                    task,
+                    part,
                     n_samples=n,
                     max_new_tokens=max_new_tokens,
-                    end_token=task.end_token,
-                    pad_token=task.pad_token,
                     temperature=temperature,
                     generator=generator,
                 )

@@ -31,26 +31,19 @@ def choose_pool(
     rate = rates["pass_rate"].to_numpy()
     fits = (rate > pool.above) & (rate <= pool.to)
     planted = candidates.planted.numpy()
-    n_planted = round(pool.size * pool.planted)
-    parts = []
-    for wanted, is_planted in ((n_planted, True), (pool.size - n_planted, False)):
-        found = np.flatnonzero(fits & (planted == is_planted))
-        if wanted and not len(found):
+    wanted = {True: round(pool.size * pool.planted)}  # by whether it has the shortcut
+    wanted[False] = pool.size - wanted[True]
+    found = {}
+    for is_planted, n in wanted.items():
+        found[is_planted] = rng.permutation(np.flatnonzero(fits & (planted == is_planted)))
+        if n and not len(found[is_planted]):
             what = "with a shortcut" if is_planted else "without a shortcut"
             raise TrainingError(
                 f"pool: no candidate {what} has a pass rate in ({pool.above}, {pool.to}]; "
                 "raise candidates.n, or change the pool's limits or the warm-up"
             )
-        parts.append(rng.permutation(found)[:wanted])
-    smallest = min(
-        len(part) / wanted
-        for part, wanted in zip(parts, (n_planted, pool.size - n_planted), strict=True)
-        if wanted
-    )
-    # Fewer of both, so that the share stays.
-    kept = [
-        part[: max(1, round(smallest * wanted))] if wanted else part
-        for part, wanted in zip(parts, (n_planted, pool.size - n_planted), strict=True)
-    ]
+    # Where one kind is scarce there are fewer of both, so that their shares stay.
+    share = min(1.0, *(len(found[kind]) / n for kind, n in wanted.items() if n))
+    kept = [found[kind][: max(1, round(share * n))] for kind, n in wanted.items() if n]
     problems = candidates.select(np.concatenate(kept).tolist())
     return problems if pool.solvable else unsolvable(problems)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mechinterp.errors import SpecError
 from mechinterp.generation import Prompts, decode, draw
+from mechinterp.tasks.written import Problems, WrittenTask
 
 Tokens = Int[Tensor, "prompts samples tokens"]
 OfTokens = Float[Tensor, "prompts samples tokens"]
@@ -90,6 +91,31 @@ def sample_completions(
         mask=mask,
         log_probs=_grouped(torch.stack(log_probs, 1), n_samples).masked_fill(~mask, 0.0),
         entropy=_grouped(torch.stack(entropy, 1), n_samples).masked_fill(~mask, 0.0),
+    )
+
+
+def sample_answers(
+    model: PreTrainedModel,
+    task: WrittenTask,
+    problems: Problems,
+    *,
+    n_samples: int = 1,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator,
+) -> Rollouts:
+    """Completions of the problems' prompts, with the task's own end and padding, no longer than
+    `max_new_tokens` or, without it, than its longest right completion. See `sample_completions`."""
+    return sample_completions(
+        model,
+        problems.tokens,
+        problems.mask,
+        n_samples=n_samples,
+        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        end_token=task.end_token,
+        pad_token=task.pad_token,
+        temperature=temperature,
+        generator=generator,
     )
 
 

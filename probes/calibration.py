@@ -42,6 +42,16 @@ class Reliability:
         return self.observed - self.predicted
 
     @property
+    def diagram(self) -> dict[str, Tensor]:
+        """The columns of a table with a row per bin."""
+        return {
+            "bin": self.bins,
+            "predicted": self.predicted,
+            "observed": self.observed,
+            "n_items": self.n_items,
+        }
+
+    @property
     def error(self) -> float:
         """The expected calibration error as most papers have it: mean of |gap|."""
         return float(self.mass @ self.gap.abs())

@@ -267,7 +267,7 @@ def finished_adapted(start, tmp_path_factory):
 ADAPTERS = Adapters((1,), "mlp", rank=2)
 MOMENTS = [
     (ProblemBatches, "__call__", 3, False),
-    (rewarded, "sample_completions", 5, True),
+    (rewarded, "sample_answers", 5, True),
     (runs.Run, "descend", 2, True),
     (runs, "save_checkpoint", 0, False),
     (runs, "save_checkpoint", 2, False),

@@ -29,7 +29,7 @@ def measured(monkeypatch):
 
     def measure(completions: torch.Tensor, n_samples: int):
         monkeypatch.setattr(
-            writing, "sample_completions", lambda *_, **__: rollouts_of(completions)
+            writing, "sample_answers", lambda *_, **__: rollouts_of(completions)
         )
         table = writing.measure_writing(
             None, Copying(), problems, n_samples=n_samples, generator=torch.Generator()

@@ -14,6 +14,7 @@ from mechinterp.errors import TrainingError
 from mechinterp.randomness import derive_generator, derive_seed
 from mechinterp.tasks.written import Problems, WrittenTask
 from mechinterp.training.batches import STEPS_PER_DRAW
+from mechinterp.training.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +103,28 @@ class ProblemBatches:
     def _epoch(self, epoch: int, n: int) -> torch.Tensor:
         generator = derive_generator(self.seed, *self.labels, "epoch", epoch)
         return torch.randperm(n, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemRun(Run):
+    """A training run on the problems of `source`."""
+
+    task: WrittenTask
+    source: ProblemSource
+
+    def settings(self) -> dict[str, Any]:
+        return {"problems": self.source.describe()}
+
+    @cached_property
+    def batches(self) -> ProblemBatches:
+        return ProblemBatches(
+            self.task,
+            self.source,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            stream=self.stream,
+            data_order=self.data_order,
+        )
 
 
 def check_length(model: PreTrainedModel, problems: Problems, n_new: int) -> None:

@@ -17,9 +17,9 @@ from mechinterp.adapters import Adapters
 from mechinterp.checkpoints import Checkpoint, Trajectory
 from mechinterp.policy_gradient import aggregate, kl, policy_loss
 from mechinterp.randomness import derive_generator
-from mechinterp.rollouts import Rollouts, completion_log_probs, sample_completions
+from mechinterp.rollouts import Rollouts, completion_log_probs, sample_answers
 from mechinterp.tasks.written import Marks, Problems, WrittenTask
-from mechinterp.training.problem_batches import ProblemBatches, ProblemSource, check_length
+from mechinterp.training.problem_batches import ProblemRun, ProblemSource, check_length
 from mechinterp.training.rewarded_config import Reward, RewardedConfig
 from mechinterp.training.rewarded_log import gradient_norms, measure_samples
 from mechinterp.training.rewarded_signal import (
@@ -28,7 +28,7 @@ from mechinterp.training.rewarded_signal import (
     make_signal,
     rewards_by_function,
 )
-from mechinterp.training.run import Row, Run
+from mechinterp.training.run import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,11 +86,9 @@ def train_by_reward(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardedRun(Run):
+class RewardedRun(ProblemRun):
     """See `train_by_reward`; `update` is one step of it."""
 
-    task: WrittenTask
-    source: ProblemSource
     rewarded: RewardedConfig
     reward: RewardFunction | None
     reward_seconds: float
@@ -103,18 +101,7 @@ class RewardedRun(Run):
         return {"name": "reward", **inputs}
 
     def settings(self) -> dict[str, Any]:
-        return {"problems": self.source.describe(), "kl_every": self.rewarded.kl_every}
-
-    @cached_property
-    def batches(self) -> ProblemBatches:
-        return ProblemBatches(
-            self.task,
-            self.source,
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            stream=self.stream,
-            data_order=self.data_order,
-        )
+        return {**super().settings(), "kl_every": self.rewarded.kl_every}
 
     @cached_property
     def reference(self) -> PreTrainedModel:
@@ -132,11 +119,7 @@ class RewardedRun(Run):
             norms = gradient_norms(model)
             norm = self.descend(optimizer, step)
         return {
-            "step": step,
-            "loss": loss,
-            "learning_rate": self.config.learning_rate_at(step),
-            "gradient_norm": norm,
-            "seconds": time.perf_counter() - began,
+            **self.row(step, loss=loss, norm=norm, began=began),
             "seconds_sampling": sampled - began,
             **measure_samples(samples.problems, samples.rollouts, samples.marks, samples.signal),
             "kl": _mean_kl(samples.rollouts, reference),
@@ -147,14 +130,12 @@ class RewardedRun(Run):
         problems = self.batches(step)
         max_new_tokens = self.rewarded.max_new_tokens or self.task.max_new_tokens
         check_length(model, problems, max_new_tokens)
-        rollouts = sample_completions(
+        rollouts = sample_answers(
             model,
-            problems.tokens,
-            problems.mask,
+            self.task,
+            problems,
             n_samples=self.rewarded.n_samples,
             max_new_tokens=max_new_tokens,
-            end_token=self.task.end_token,
-            pad_token=self.task.pad_token,
             temperature=self.rewarded.temperature,
             generator=derive_generator(self.seed, "rollouts", self.stream, self.data_order, step),
         )

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -172,6 +173,11 @@ class Run(ABC):
                 if step + 1 in self.config.steps:
                     self._save(model, optimizer, step + 1, log)
                 advance(1)
+
+    def row(self, step: int, *, loss: float, norm: float, began: float) -> Row:
+        """The columns that every log has, of an update that began at `time.perf_counter` began."""
+        rate, seconds = self.config.learning_rate_at(step), time.perf_counter() - began
+        return dict(zip(LOG_COLUMNS, (step, loss, rate, norm, seconds), strict=True))
 
     def descend(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Clip the gradients and step at the rate of `step`; returns their norm before clipping."""

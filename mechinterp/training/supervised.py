@@ -105,10 +105,4 @@ class _SupervisedRun(Run):
         optimizer.zero_grad()
         loss.backward()
         norm = self.descend(optimizer, step)
-        return {
-            "step": step,
-            "loss": loss.item(),
-            "learning_rate": self.config.learning_rate_at(step),
-            "gradient_norm": norm,
-            "seconds": time.perf_counter() - began,
-        }
+        return self.row(step, loss=loss.item(), norm=norm, began=began)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ from mechinterp.policy_gradient import aggregate
 from mechinterp.rollouts import completion_log_probs
 from mechinterp.tasks.written import Problems, WrittenTask
 from mechinterp.training.config import ModelConfig, TrainingConfig
-from mechinterp.training.problem_batches import ProblemBatches, ProblemSource, check_length
-from mechinterp.training.run import Row, Run
+from mechinterp.training.problem_batches import ProblemRun, ProblemSource, check_length
+from mechinterp.training.run import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,26 +60,9 @@ def warm_up(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _WarmUpRun(Run):
-    task: WrittenTask
-    source: ProblemSource
-
+class _WarmUpRun(ProblemRun):
     def objective(self) -> dict[str, Any]:
         return {"name": "solutions"}
-
-    def settings(self) -> dict[str, Any]:
-        return {"problems": self.source.describe()}
-
-    @cached_property
-    def batches(self) -> ProblemBatches:
-        return ProblemBatches(
-            self.task,
-            self.source,
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            stream=self.stream,
-            data_order=self.data_order,
-        )
 
     def update(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int) -> Row:
         began = time.perf_counter()
@@ -93,10 +75,4 @@ class _WarmUpRun(Run):
         optimizer.zero_grad()
         loss.backward()
         norm = self.descend(optimizer, step)
-        return {
-            "step": step,
-            "loss": loss.item(),
-            "learning_rate": self.config.learning_rate_at(step),
-            "gradient_norm": norm,
-            "seconds": time.perf_counter() - began,
-        }
+        return self.row(step, loss=loss.item(), norm=norm, began=began)

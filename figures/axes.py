@@ -41,11 +41,10 @@ def percent_axis(
     if wide:
         getattr(ax, f"set_{which}scale")("symlog", linthresh=10, linscale=1)
     ends = axis.get_transform().transform([values.min(), values.max()])
-    pad = 0.07 * (ends[1] - ends[0])
+    span = ends[1] - ends[0] or 1.0  # values that are all the same still need an axis
+    pad = 0.07 * span
     limits = (
-        axis.get_transform()
-        .inverted()
-        .transform([ends[0] - pad, ends[1] + pad + headroom * (ends[1] - ends[0])])
+        axis.get_transform().inverted().transform([ends[0] - pad, ends[1] + pad + headroom * span])
     )
     getattr(ax, f"set_{which}lim")(*limits)
     if wide:

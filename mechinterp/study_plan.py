@@ -217,17 +217,17 @@ def _checkpoint_steps(
     is_final: bool,
 ) -> Iterator[Step]:
     """The measurements of one checkpoint: along the trajectory, and in full where an arm ends."""
-    sizes = {analysis.trajectory_items: False}
+    sizes = [(analysis.trajectory_items, False)]
     if is_final:
-        sizes[analysis.ladder_items] = True
-    for n_items, full in sizes.items():
+        sizes.append((analysis.ladder_items, True))
+    for n_items, full in sizes:
         inputs = {
             **common,
             "step": step,
             "readings": readings,
             "n_items": n_items,
             "with_latents": is_final,
-            "with_probes": n_items == analysis.trajectory_items,
+            "with_probes": not full,
         }
         # The readings name the arms, so the label must not.
         at = {key: value for key, value in labels.items() if key != "arm"}

@@ -175,9 +175,9 @@ def fit_readouts(
     """Cross-fitted logits of every rung.
 
     `streams` maps a layer to its final-norm'ed residual at the decision position. The largest layer
-    is the final residual, which `head` reads; the others are for `depth`, which is left out when
-    there are none, as `latents` is without `beliefs`. `weights` are v(a, y), the worth of action a
-    given the item's label; `folds` number at least three.
+    is the final residual, which `head` reads; the others are for `depth`, which is the head where
+    there are none. `latents` is left out without `beliefs`. `weights` are v(a, y), the worth of
+    action a given the item's label; `folds` number at least three.
 
     Raises AnalysisError for fewer than three folds, ConvergenceError from the solver.
     """
@@ -189,7 +189,7 @@ def fit_readouts(
     config = config or ReadoutConfig()
     fits = _CrossFit(raw.double(), streams, weights.double(), folds, beliefs, config)
     *earlier, final = sorted(streams)
-    rungs = ["bias", "head", *(["depth"] if earlier else []), *(["latents"] if beliefs else [])]
+    rungs = ["bias", "head", "depth", *(["latents"] if beliefs else [])]
     logits = {rung: fits.raw.clone() for rung in ("raw", *rungs)}
     chosen: dict[str, list[str]] = {rung: [] for rung in rungs}
     for outer in fold_ids:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from table_factory import CLAIMS, STEPS, pair_tables, study_tables, write_tables
 
 import figures
 from figures import FIGURES, Drawn, draw_all, style, tables
+from figures.axes import percent_axis
 from figures.claims import OUTCOMES, UNITS
 from figures.colormaps import diverging_map, sequential_map
 from figures.verdicts import STATES, WORDS
@@ -990,3 +992,10 @@ def test_speed_draws_means_of_paired_differences(from_init):
     drawn = [(p.get_xdata()[0], p.get_ydata()[0]) for p in points]
     expected = (change["steps_to_learn"].mean(), 100 * change["learning"].mean())
     assert any(point == pytest.approx(expected) for point in drawn)
+
+
+def test_values_that_are_all_the_same_have_an_axis():
+    _, ax = plt.subplots()
+    percent_axis(ax, "y", [0.0, 0.0])
+    low, high = ax.get_ylim()
+    assert low < 0 < high

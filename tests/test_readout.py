@@ -73,6 +73,13 @@ def test_what_only_an_earlier_layer_holds_is_discarded(world):
     assert all("layer 1" in choice for choice in readouts.chosen["depth"])
 
 
+def test_one_block_can_discard_nothing(world):
+    s, labels, _, informed, folds, _ = world
+    readouts = fit_readouts(as_logits(0.5 * s), {1: informed}, weights_of(labels), folds)
+    assert torch.equal(readouts.logits["depth"], readouts.logits["head"])
+    assert set(readouts.chosen["depth"]) == {"no change"}
+
+
 def test_what_no_layer_combines_is_found_through_the_latents(world):
     s, labels, noise, _, folds, posterior = world
     nothing = as_logits(torch.zeros_like(s))

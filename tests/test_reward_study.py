@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mechinterp.files import value_hash
 from mechinterp.plans import load_plan
 from mechinterp.pools import choose_pool
 from mechinterp.reward_spec import Pool, load_reward_study
+from mechinterp.study import run_study
 from mechinterp.study_plan import Plan
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -208,3 +210,28 @@ def test_unsolvable_pools_are_marked_wrong_whatever_is_written():
     again = choose_pool(problems, rates, Pool(), rng=np.random.default_rng(0))
     right = Copying().mark(again, again.solutions[:, None], again.solution_mask[:, None])
     assert right.correct.all()
+
+
+@pytest.mark.slow
+def test_a_study_runs_and_is_not_run_again(tmp_path):
+    """Networks of one block, as many items along trajectories as at their ends."""
+    arms = {name: SMALL["arms"][name] for name in ("no_reward", "mixed")}
+    tasks = copy.deepcopy(SMALL["tasks"])
+    tasks["step"]["analysis"]["ladder_items"] = 900
+    path = write(tmp_path, arms=arms, tasks=tasks, advantages=["centred"], seeds=1, competence=1e-9)
+    report = run_study(path, out=tmp_path / "out", n_workers=2)
+    tables = {p.stem: pd.read_parquet(p) for p in (tmp_path / "out" / "tables").glob("*.parquet")}
+    writing = tables["writing"]
+    kl = writing[(writing["measure"] == "kl") & (writing["step"] == 8)]
+    kl = kl.groupby("arm")["value"].max()
+    assert kl["no_reward"] < 1e-9  # without a reward nothing moves
+    assert kl["mixed"] > 0
+    assert set(writing["problems"]) == {"prior", "planted"}
+    assert {"pass_rates", "text_sources", "claims", "training"} <= set(tables)
+    verdicts = tables["verdicts"]
+    assert set(verdicts["side"]) == {"learning", "choosing", "discarded", "forgetting"}
+    assert (verdicts.loc[verdicts["side"] == "discarded", "delta"] == 0).all()  # one block
+    assert len(tables["losses"])
+    assert len(tables["losses_in_full"])
+    before = report.stat().st_mtime_ns
+    assert run_study(path, out=tmp_path / "out", n_workers=2).stat().st_mtime_ns == before

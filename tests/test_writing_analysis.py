@@ -28,9 +28,7 @@ def measured(monkeypatch):
     problems = Copying().problems(4, levels=[2], planted=1.0, seed=1)
 
     def measure(completions: torch.Tensor, n_samples: int):
-        monkeypatch.setattr(
-            writing, "sample_answers", lambda *_, **__: rollouts_of(completions)
-        )
+        monkeypatch.setattr(writing, "sample_answers", lambda *_, **__: rollouts_of(completions))
         table = writing.measure_writing(
             None, Copying(), problems, n_samples=n_samples, generator=torch.Generator()
         )

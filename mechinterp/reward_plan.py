@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mechinterp.arms import CONTROL, REORDERED, SYMMETRIC, Arm
+from mechinterp.checkpoints import open_checkpoint
 from mechinterp.reward_spec import RewardArm, RewardStudySpec
 from mechinterp.spec import AnalysisSpec, StudySpec, StudyTask, TaskSpec
 from mechinterp.steps import Step
@@ -95,18 +96,31 @@ def _task_inputs(spec: RewardStudySpec, settings: dict[str, Any] | None = None) 
     return {"task": spec.task, "settings": {**spec.settings, **(settings or {})}}
 
 
+def _adapters(spec: RewardStudySpec) -> dict[str, Any]:
+    return {"adapters": spec.adapters.model_dump(mode="json")} if spec.adapters else {}
+
+
 def _warm_up(spec: RewardStudySpec, seed: int) -> Step:
     inputs = {
         **_task_inputs(spec, spec.warm_up.settings),
+        **_adapters(spec),
         "levels": list(spec.warm_up.levels),
         "training": spec.warm_up.training.as_inputs(),
-        "model": asdict(spec.model),
+        **_beginning(spec),
         "seed": seed,
         "data_order": 0,
         "start_step": None,
     }
     labels = {"task": spec.task, "regime": FROM_INIT, "arm": CONTROL, "seed": seed}
     return Step("warm_up", inputs, labels)
+
+
+def _beginning(spec: RewardStudySpec) -> dict[str, Any]:
+    """What the warm-up begins at: a random network, or the weights of a checkpoint."""
+    if spec.start is None:
+        return {"model": asdict(spec.model)}
+    content = open_checkpoint(spec.start).content_hash
+    return {"model": None, "start": {"path": spec.start, "content_hash": content}}
 
 
 def _pass_rates(spec: RewardStudySpec, seed: int, start: Step) -> Step:
@@ -131,7 +145,7 @@ def _train(
     start: Step,
     rates: Step | None,
 ) -> Step:
-    common = {"seed": seed, "start_step": spec.warm_up.training.n_steps}
+    common = {"seed": seed, "start_step": spec.warm_up.training.n_steps, **_adapters(spec)}
     labels = _labels(spec, seed, name)
     if arm.supervised:
         # The control sees the start's own problems, an arm of its own the study's.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator
 
 from mechinterp import tasks
-from mechinterp.errors import SpecError, TaskError, TrainingError
+from mechinterp.errors import CheckpointError, SpecError, TaskError, TrainingError
 from mechinterp.spec import (
     Claim,
     SpecWithPresets,
@@ -68,6 +68,12 @@ class WarmUp(StrictModel):
     training: Annotated[TrainingConfig, known_keys(TrainingConfig)] = TrainingConfig()
 
 
+class LowRank(StrictModel):
+    """Adapters of every matrix in every layer, which are trained in the place of the weights."""
+
+    rank: int = Field(8, ge=1)
+
+
 class RewardArm(StrictModel):
     """What an arm differs in: its pool by name, and fields of the study's `training`; or it is
     `supervised`, by right texts of the study's own settings."""
@@ -100,6 +106,10 @@ class RewardStudySpec(SpecWithPresets):
     task: str
     settings: dict[str, Any] = Field(default_factory=dict)
     model: Annotated[ModelConfig, known_keys(ModelConfig)] = ModelConfig()
+    start: str | None = Field(
+        None, description="a checkpoint's directory: the warm-up begins there, not at `model`"
+    )
+    adapters: LowRank | None = Field(None, description="none: all weights are trained")
     warm_up: WarmUp = WarmUp()
     candidates: Candidates | None = None
     pools: dict[str, Pool] = Field(default_factory=dict)
@@ -189,6 +199,12 @@ def load_reward_study(path: str | Path, *, preset: str | None = None) -> RewardS
     for field, n_steps in lengths.items():
         if n_steps < MIN_STEPS:
             raise SpecError(f"{path}: {field}: must be at least {MIN_STEPS}, got {n_steps}")
+    if spec.start is not None:
+        _check_start(f"{path}: start", spec.start)
+    elif spec.adapters is not None:
+        raise SpecError(
+            f"{path}: adapters: need a start to adapt; a random network is trained as a whole"
+        )
     if spec.pools and spec.candidates is None:
         raise SpecError(f"{path}: candidates: missing; pools are made of them")
     for where, settings in (
@@ -213,6 +229,17 @@ def load_reward_study(path: str | Path, *, preset: str | None = None) -> RewardS
     for name in spec.texts:
         _check_texts(f"{path}: tasks.{name}", spec.tasks[name].make())
     return spec.model_copy(update={"arms": arms})
+
+
+def _check_start(where: str, directory: str) -> None:
+    from mechinterp.checkpoints import open_checkpoint
+
+    try:
+        open_checkpoint(directory)
+    except CheckpointError as error:
+        raise SpecError(
+            f"{where}: {error}; SmolLM2 is made by: mechinterp fetch-smollm2 {directory}"
+        ) from error
 
 
 def _check_texts(where: str, task: Any) -> None:

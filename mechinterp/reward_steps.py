@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mechinterp.steps import checkpoint_path, finish_step, write_step
 
 if TYPE_CHECKING:
+    from mechinterp.adapters import Adapters
     from mechinterp.checkpoints import Checkpoint
     from mechinterp.tasks.written import Problems, WrittenTask
 
@@ -19,6 +20,7 @@ def run_warm_up(directory: str, after: list[str], inputs: dict[str, Any]) -> Non
     from mechinterp.training.warm_up import warm_up
 
     begun = time.monotonic()
+    start = _checkpoint(after[0], inputs["start_step"]) if after else _beginning(inputs)
     warm_up(
         _task(inputs),
         config=TrainingConfig(**inputs["training"]),
@@ -26,8 +28,9 @@ def run_warm_up(directory: str, after: list[str], inputs: dict[str, Any]) -> Non
         levels=inputs["levels"] or None,
         seed=inputs["seed"],
         data_order=inputs["data_order"],
-        model=None if after else ModelConfig(**inputs["model"]),
-        start=_checkpoint(after[0], inputs["start_step"]) if after else None,
+        model=None if start else ModelConfig(**inputs["model"]),
+        start=start,
+        adapters=_adapters(inputs, start),
     )
     finish_step(Path(directory), inputs, begun)
 
@@ -63,14 +66,15 @@ def run_reward(directory: str, after: list[str], inputs: dict[str, Any]) -> None
     from mechinterp.training.rewarded_config import RewardedConfig
 
     begun = time.monotonic()
-    task = _task(inputs)
+    task, start = _task(inputs), _checkpoint(after[0], inputs["start_step"])
     train_by_reward(
         task,
         config=RewardedConfig.from_inputs(inputs["training"]),
         out=Path(directory) / "trajectory",
         problems=None if inputs["pool"] is None else _pool(task, after[1], inputs),
         seed=inputs["seed"],
-        start=_checkpoint(after[0], inputs["start_step"]),
+        start=start,
+        adapters=_adapters(inputs, start),
     )
     finish_step(Path(directory), inputs, begun)
 
@@ -155,6 +159,29 @@ def _checkpoint(run: str, step: int) -> Checkpoint:
     from mechinterp.checkpoints import open_checkpoint
 
     return open_checkpoint(checkpoint_path(run, step))
+
+
+def _beginning(inputs: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint that the study names as its start, if it does."""
+    from mechinterp.checkpoints import open_checkpoint
+    from mechinterp.errors import CheckpointError
+
+    if "start" not in inputs:
+        return None
+    checkpoint = open_checkpoint(inputs["start"]["path"])
+    if checkpoint.content_hash != inputs["start"]["content_hash"]:
+        raise CheckpointError(f"{checkpoint.path}: changed while the study ran; run it again")
+    return checkpoint
+
+
+def _adapters(inputs: dict[str, Any], start: Checkpoint | None) -> Adapters | None:
+    """In every layer of the start, if the study has them."""
+    from mechinterp.adapters import Adapters
+
+    if start is None or "adapters" not in inputs:
+        return None
+    layers = tuple(range(start.sizes["num_hidden_layers"]))
+    return Adapters(layers=layers, **inputs["adapters"])
 
 
 def _pool(task: WrittenTask, rates: str, inputs: dict[str, Any]) -> Problems:

@@ -12,14 +12,20 @@ import torch
 import yaml
 from written_tasks import Copying
 
+from mechinterp import tasks
 from mechinterp.arm_names import CONTROL, REORDERED
-from mechinterp.errors import SpecError, TrainingError
+from mechinterp.checkpoints import open_checkpoint, save_checkpoint
+from mechinterp.errors import CheckpointError, SpecError, TrainingError
 from mechinterp.files import value_hash
 from mechinterp.plans import load_plan
 from mechinterp.pools import choose_pool
 from mechinterp.reward_spec import Pool, load_reward_study
+from mechinterp.reward_steps import run_reward, run_warm_up
+from mechinterp.steps import checkpoint_path
 from mechinterp.study import run_study
 from mechinterp.study_plan import Plan
+from mechinterp.training.config import ModelConfig
+from mechinterp.training.organism import initial_model
 
 STUDIES = Path(__file__).parents[1] / "studies"
 SMALL = {
@@ -92,6 +98,8 @@ def of_kind(plan: Plan, kind: str):
         ({"texts": ["chess"]}, "texts: no task 'chess'; the study has: step"),
         ({"tasks": {"step": {"task": "arithmetic", "settings": {"max_terms": 3}}}}, "max_terms to"),
         ({"abilities": {"x": {"settings": {"max_terms": 99}}}}, "abilities.x.settings: arithmetic"),
+        ({"start": "nowhere"}, "start: nowhere.*; SmolLM2 is made by: mechinterp fetch-smollm2"),
+        ({"adapters": {"rank": 2}}, "adapters: need a start to adapt"),
         ({"only": ["chess"]}, "only: no 'chess'; there are: pooled, no_reward, mixed"),
         ({"claims": {"c": {**SMALL["claims"]["works"], "measure": "joy"}}}, "no measure of that"),
     ],
@@ -210,6 +218,49 @@ def test_unsolvable_pools_are_marked_wrong_whatever_is_written():
     again = choose_pool(problems, rates, Pool(), rng=np.random.default_rng(0))
     right = Copying().mark(again, again.solutions[:, None], again.solution_mask[:, None])
     assert right.correct.all()
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
+    """A checkpoint of the right vocabulary that no study has made."""
+    task = tasks.get("arithmetic", max_terms=4)
+    model = initial_model(ModelConfig(**SMALL["model"]), task, seed=5)
+    return save_checkpoint(model, tmp_path / "pretrained").path
+
+
+def test_a_study_of_a_pretrained_network_trains_adapters_of_it(tmp_path, pretrained):
+    changes = {"start": str(pretrained), "adapters": {"rank": 2}, "advantages": ["centred"]}
+    path = write(tmp_path, **changes)
+    warm_up = load_plan(path).runs["step", "from_init", CONTROL, 1]
+    reward = load_plan(path).runs["step", "branched", "mixed", 1]
+    for step in (warm_up, reward):
+        after = [str(before.directory(tmp_path)) for before in step.after]
+        kind = {"warm_up": run_warm_up, "reward": run_reward}[step.kind]
+        kind(str(step.directory(tmp_path)), after, dict(step.inputs))
+    weights = [open_checkpoint(pretrained)]
+    weights += [
+        open_checkpoint(checkpoint_path(run.directory(tmp_path), step))
+        for run, step in ((warm_up, 0), (warm_up, 10), (reward, 0), (reward, 8))
+    ]
+    assert weights[0].content_hash == weights[1].content_hash  # adapters start as zero
+    assert weights[2].content_hash == weights[3].content_hash
+    first, tuned, rewarded = (weights[i].load_model().state_dict() for i in (0, 2, 4))
+    for later in (tuned, rewarded):
+        assert torch.equal(first["model.embed_tokens.weight"], later["model.embed_tokens.weight"])
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert np.linalg.matrix_rank((tuned[name] - first[name]).numpy(), tol=1e-6) == 2
+
+
+def test_other_weights_at_the_start_are_another_study(tmp_path, pretrained):
+    path = write(tmp_path, start=str(pretrained))
+    before = load_plan(path).runs["step", "from_init", CONTROL, 0]
+    model = open_checkpoint(pretrained).load_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 1
+    save_checkpoint(model, pretrained)
+    assert load_plan(path).runs["step", "from_init", CONTROL, 0].key != before.key
+    with pytest.raises(CheckpointError, match="pretrained: changed while the study ran"):
+        run_warm_up(str(tmp_path / "run"), [], dict(before.inputs))
 
 
 @pytest.mark.slow

@@ -29,9 +29,10 @@ def make_reward_plan(spec: RewardStudySpec) -> Plan:
     runs: dict[tuple[str, str, str, int], Step] = {}
     measures: list[Step] = []
     for seed in range(spec.seeds):
-        start = _warm_up(spec, seed)
-        rates = _pass_rates(spec, seed, start) if spec.candidates else None
-        if rates is not None:
+        start_seed = 0 if spec.shared_start else seed
+        start = _warm_up(spec, start_seed)
+        rates = _pass_rates(spec, start_seed, start) if spec.candidates else None
+        if rates is not None and seed == start_seed:
             measures.append(rates)
         trained = {
             name: _train(spec, seed, name, arm, advantage, start, rates)

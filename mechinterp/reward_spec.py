@@ -92,7 +92,7 @@ class Ability(StrictModel):
 
 
 class RewardStudySpec(SpecWithPresets):
-    """Seeds x arms of training by reward, from one start per seed.
+    """Seeds x arms of training by reward, from one start per seed or for all.
 
     Every arm is trained once for each of `advantages`. The control goes on with the warm-up's own
     problems and loss for as many steps. `tasks` are the decisions on which representation and use
@@ -110,6 +110,7 @@ class RewardStudySpec(SpecWithPresets):
         None, description="a checkpoint's directory: the warm-up begins there, not at `model`"
     )
     adapters: LowRank | None = Field(None, description="none: all weights are trained")
+    shared_start: bool = Field(False, description="one warm-up for all seeds, not one for each")
     warm_up: WarmUp = WarmUp()
     candidates: Candidates | None = None
     pools: dict[str, Pool] = Field(default_factory=dict)

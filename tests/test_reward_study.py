@@ -139,6 +139,15 @@ def test_every_arm_branches_from_the_start_of_its_seed(tmp_path):
         assert is_pooled == any(step.kind == "pass_rates" for step in run.after)
 
 
+def test_one_start_may_be_shared_by_all_seeds(tmp_path):
+    plan = load_plan(write(tmp_path, shared_start=True))
+    starts = {run.key for (_, regime, _, _), run in plan.runs.items() if regime == "from_init"}
+    arms = {run.key for (_, regime, _, _), run in plan.runs.items() if regime == "branched"}
+    assert len(starts) == len(of_kind(plan, "pass_rates")) == 1
+    assert len(arms) == 2 * (2 + 2 * len(SMALL["arms"]))
+    assert sum(step.kind == "pass_rates" for step in plan.measures) == 1
+
+
 def test_the_control_goes_on_as_the_start_began(tmp_path):
     plan = load_plan(write(tmp_path))
     control = plan.runs["step", "branched", CONTROL, 0]

@@ -445,6 +445,22 @@ def test_routed_tokens_learn_from_their_own_part():
     torch.testing.assert_close(joint.advantages[0, :, 1], whole - whole.mean())
 
 
+def test_a_tasks_own_score_is_the_reward():
+    from mechinterp.rollouts import Rollouts
+    from mechinterp.training.rewarded_signal import make_signal
+
+    completions = torch.tensor([[[3], [4], [4]]])
+    mask = torch.ones_like(completions).bool()
+    zeros = torch.zeros(completions.shape)
+    bandit = Bandit()
+    marked = bandit.mark(bandit.problems(1), completions, mask)
+    marked = replace(marked, score=torch.tensor([[1.0, 0.25, 0.0]]))
+    config = replace(CONFIG, advantage="centred")
+    signal = make_signal(config, Rollouts(completions, mask, zeros, zeros), marked)
+    torch.testing.assert_close(signal.rewards, marked.score)
+    torch.testing.assert_close(signal.advantages[..., 0], marked.score - marked.score.mean())
+
+
 # Problems
 
 

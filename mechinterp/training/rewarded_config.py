@@ -17,13 +17,14 @@ Score = Literal["brier", "spherical", "log", "group"]
 
 @dataclass(frozen=True)
 class Reward:
-    """What a completion earns: 1 if right, and `weight` times the score of its confidence.
+    """What a completion earns: 1 if right, or what the task's own scorer gives (`Marks.score`), and
+    `weight` times the score of its confidence.
 
-    `score` None is right or wrong alone. The others are those of `mechinterp.rewards`; "group" is
-    DCPO's `group_calibration`. With `routed` the score goes to the tokens that state the confidence
-    and right answers to all others, each with advantages of its own (DCPO, `advantages.routed`);
-    without, both are one reward of the whole completion (RLCR). A completion that states no
-    confidence is scored as if it had stated the worst.
+    `score` None is the answer's reward alone. The others are those of `mechinterp.rewards`;
+    "group" is DCPO's `group_calibration`. With `routed` the score goes to the tokens that state
+    the confidence and right answers to all others, each with advantages of its own (DCPO,
+    `advantages.routed`); without, both are one reward of the whole completion (RLCR). A
+    completion that states no confidence is scored as if it had stated the worst.
     """
 
     score: Score | None = None

@@ -46,14 +46,14 @@ def make_signal(
     """The signal of marked rollouts, or of the rewards `given`."""
     mask = rollouts.mask
     if given is None and config.reward.routed:
-        answer = rewards.binary(marks.correct)
+        answer = _answer(marks)
         confidence = _score(config.reward, marks)
         by_token = advantages.routed(
             _advantages(config, answer), _advantages(config, confidence), marks.confidence_tokens
         )
         return Signal(answer + confidence, by_token.masked_fill(~mask, 0.0))
     if given is None:
-        given = rewards.binary(marks.correct)
+        given = _answer(marks)
         if config.reward.score is not None:
             given = given + _score(config.reward, marks)
     by_token = repeat(_advantages(config, given), "p s -> p s t", t=mask.shape[2])
@@ -86,6 +86,11 @@ def rewards_by_function(
         )
     ]
     return torch.tensor(values)
+
+
+def _answer(marks: Marks) -> Float[Tensor, "prompts samples"]:
+    """What the answer itself earns: the score of a task's own scorer, else 1 if it is right."""
+    return rewards.binary(marks.correct) if marks.score is None else marks.score
 
 
 def _score(reward: Reward, marks: Marks) -> Float[Tensor, "prompts samples"]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from figure_checks import assert_fit_for_print
 from matplotlib.container import ErrorbarContainer
 from reward_tables import POOLS, REWARDS, confidence_tables, writing_tables
 from scipy import stats
 from table_factory import write_tables
-from test_figures import assert_fit_for_print
 
 from figures import FIGURES, rollouts, style, tables
 from mechinterp.errors import AnalysisError

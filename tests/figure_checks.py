@@ -9,6 +9,7 @@ from matplotlib.text import Text
 from figures import FIGURES, style
 
 FEW_STEPS = (0, 50, 400)
+OF_REWARD = ("writing", "rollouts", "text_sources", "stated_reliability", "stated_confidence")
 
 
 def draw(name: str, source, **options):

@@ -91,13 +91,6 @@ def test_one_file_that_cannot_be_drawn_spoils_no_other(study, tmp_path):
     assert "no gap" in drawn.skipped["cross_checkpoint_b"]
 
 
-def test_a_table_of_claims_may_be_comma_separated(study, tmp_path):
-    study["claims"].to_csv(tmp_path / "claims.csv", index=False)
-    drawn = (drawn_cells(draw("claims", source)) for source in (tmp_path, study))
-    one, other = (list(cells.values()) for cells in drawn)
-    assert np.allclose(one, other)
-
-
 def test_many_arms_stand_side_by_side():
     """Moved on paper, and not in the data that set the axes."""
     arms = [f"{kind}_1.98" for kind in tables.FAMILIES["weighting"]]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from figure_checks import FEW_STEPS, draw
+from figure_checks import FEW_STEPS, OF_REWARD, draw
 from table_factory import CLAIMS, study_tables, write_tables
 
 import figures

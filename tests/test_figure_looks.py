@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from figure_checks import assert_fit_for_print, draw, layout_problems
+from figure_checks import OF_REWARD, assert_fit_for_print, draw, layout_problems
 from table_factory import pair_tables, study_tables
 
 import figures
 from figures import style
 
-OF_REWARD = ("writing", "rollouts", "text_sources", "stated_reliability", "stated_confidence")
 NAMES = [name for name in figures.NAMES if name not in OF_REWARD]  # those: test_reward_figures.py
 
 

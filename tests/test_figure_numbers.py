@@ -466,6 +466,13 @@ def test_claims_together_are_in_margins_with_what_is_claimed_to_the_right(study)
     assert figure.axes[0].get_xscale() == "symlog"
 
 
+def test_a_table_of_claims_may_be_comma_separated(study, tmp_path):
+    study["claims"].to_csv(tmp_path / "claims.csv", index=False)
+    drawn = (drawn_cells(draw("claims", source)) for source in (tmp_path, study))
+    one, other = (list(cells.values()) for cells in drawn)
+    assert np.allclose(one, other)
+
+
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_a_claim_is_drawn_in_its_own_units_in_the_order_of_its_cells(study, claim):
     rows = study["claims"].query("claim == @claim")

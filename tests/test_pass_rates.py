@@ -14,9 +14,11 @@ from scipy.stats import beta
 from tiny_models import tiny_model
 from written_tasks import END, FIRST, Copying
 
+from mechinterp import pass_rates
 from mechinterp.errors import AnalysisError
 from mechinterp.pass_rates import difficulty, measure_pass_rates, pass_at_k
 from mechinterp.randomness import derive_generator
+from mechinterp.rollouts import sample_answers
 from mechinterp.tasks.written import unsolvable
 
 TASK = Copying(n_letters=4)
@@ -65,6 +67,22 @@ def letters_by_chance():
     for token, chance in chances.items():
         model.lm_head.bias.data[token] = math.log(chance)
     return model, chances
+
+
+def test_prompts_of_one_length_are_sampled_together_without_padding(monkeypatch):
+    parts = []
+
+    def spy(model, task, part, **options):
+        parts.append(part)
+        return sample_answers(model, task, part, **options)
+
+    monkeypatch.setattr(pass_rates, "sample_answers", spy)
+    problems = TASK.problems(40, seed=2)
+    model, _ = letters_by_chance()
+    measure_pass_rates(model, TASK, problems, n_samples=2, generator=derive_generator(0, "rates"))
+    assert not problems.mask.all()
+    assert all(part.mask.all() for part in parts)
+    assert sum(len(part) for part in parts) == 40
 
 
 def test_rates_are_those_of_the_network():

@@ -50,7 +50,7 @@ class Reading(NamedTuple):
 READINGS = {
     "said": Reading("#000000", "o", "as said"),
     "said_recalibrated": Reading("#0072B2", "s", "as said, recalibrated"),
-    "answer_temperature": Reading("#E69F00", "^", "probability of the answer"),
+    "answer_temperature": Reading("#E69F00", "^", "probability of the answer, temperature fitted"),
     "probe": Reading("#CC79A7", "D", "probe"),
 }
 

@@ -101,6 +101,8 @@ def _draw_changes(table: pd.DataFrame, measures: Sequence[str], note: str) -> Fi
         summaries.append(summary)
         reach = [summary[["mean", "low", "high"]].to_numpy().ravel(), unit.scale * rows["value"]]
         is_share = unit.unit == "%"
+        if is_share:  # intervals of few seeds go beyond what there is
+            reach = [np.clip(values, -100, 100) for values in reach]
         for ax, problems in zip(panels, sets, strict=True):
             if is_share:
                 ax.axvspan(-MARGIN, MARGIN, color=style.PALE, lw=0, zorder=-1)

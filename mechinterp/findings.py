@@ -45,12 +45,11 @@ def summarise_study(
         if task in void:
             text = f"Void: not every symmetric network knows the task. {text}"
         paragraphs.append({"heading": f"Weights {name} on {task}, {REGIMES[regime]}", "text": text})
-        if spec.seeds < spec.seeds_for_claims:
-            not_powered.append(
-                f"{task}, {REGIMES[regime]}, weights {name}: {spec.seeds} seeds; "
-                f"a claim about the objective takes {spec.seeds_for_claims}"
-            )
-    return paragraphs, not_powered
+        not_powered.append(f"{task}, {REGIMES[regime]}, weights {name}")
+    if spec.seeds >= spec.seeds_for_claims:
+        return paragraphs, []
+    few = f"{spec.seeds} seeds; a claim about the objective takes {spec.seeds_for_claims}"
+    return paragraphs, [f"{cell}: {few}" for cell in not_powered or [f"All of {spec.name}"]]
 
 
 def _competence(rows: list[dict[str, Any]]) -> dict[str, Any]:

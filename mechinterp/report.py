@@ -82,17 +82,20 @@ def collect_figures(folder: Path) -> list[ReportFigure]:
         names = [i for i, name in enumerate(NAMES) if stem == name or stem.startswith(f"{name}_")]
         return (names[0] if names else len(NAMES), stem)
 
-    figures = []
-    for stem in sorted(paths, key=rank):
+    figures: list[ReportFigure] = []
+    first: dict[str, int] = {}  # caption -> the number of the figure that has it in full
+    for number, stem in enumerate(sorted(paths, key=rank), 1):
         data = paths[stem].read_bytes()
         media_type = MEDIA_TYPES[paths[stem].suffix]
+        words = caption(stem)
+        like = f"As Figure {first.get(words)}." if words else ""
         points = re.search(rb'<svg [^>]*?width="([\d.]+)pt"', data, re.DOTALL)
         figures.append(
             ReportFigure(
                 name=stem,
                 source=f"data:{media_type};base64,{base64.b64encode(data).decode()}",
                 width=f"{SCREEN_SCALE * float(points.group(1)):.0f}pt" if points else "",
-                caption=caption(stem),
+                caption=words if first.setdefault(words, number) == number else like,
             )
         )
     return figures

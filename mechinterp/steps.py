@@ -31,7 +31,7 @@ VERSIONS = {
     "pass_rates": 1,
     "reward": 1,
     "writing": 1,
-    "confidence": 1,
+    "confidence": 2,
     "texts": 1,
     "checkpoint": 5,
     "gradients": 1,

@@ -133,8 +133,7 @@ def measures_of_seed(
         before = (init_run, 0 if regime == "from_init" else task.init_steps)
         for arm, how in arms.items():
             run = runs[name, regime, arm, seed]
-            steps = task.training_of(regime).checkpoint_steps
-            for step in (s for s in steps or () if s > 0):
+            for step in (s for s in task.training_of(regime).steps if s > 0):
                 if arm == REORDERED and step < final[regime]:
                     continue
                 at = labels(regime, arm, step)

@@ -127,8 +127,12 @@ def reliability(
 
 
 def equal_width_bins(predicted: Float[Tensor, " items"], n_bins: int) -> Int[Tensor, " items"]:
-    """The bin 0..n_bins-1 of each prediction, all bins equally wide."""
-    return (predicted * n_bins).long().clamp(0, n_bins - 1)
+    """The bin 0..n_bins-1 of each prediction, all bins equally wide.
+
+    A lower edge belongs to its bin, and so does what single precision makes of it: 0.7 is kept as
+    0.69999999.
+    """
+    return (predicted.double() * n_bins + 1e-6).long().clamp(0, n_bins - 1)
 
 
 def equal_mass_bins(predicted: Float[Tensor, " items"], n_bins: int) -> Int[Tensor, " items"]:

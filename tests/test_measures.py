@@ -55,6 +55,12 @@ def test_reliability_equals_scikit_learn(bins, strategy):
     assert diagram.n_items.sum() == 990
 
 
+def test_an_edge_in_single_precision_belongs_to_its_bin():
+    said = torch.arange(11) / 10
+    assert equal_width_bins(said, 10).tolist() == [*range(10), 9]
+    assert equal_width_bins(said.double(), 10).tolist() == [*range(10), 9]
+
+
 def test_ties_share_a_bin_and_bins_have_equal_mass():
     p = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     assert equal_mass_bins(p, 3).tolist() == [0, 0, 1, 1, 2, 2]

@@ -10,12 +10,12 @@ import pytest
 from pydantic import TypeAdapter
 from table_factory import pair_tables, study_tables, write_tables
 
-from figures import draw_all
+from figures import caption, draw_all
 from figures.tables import where
 from mechinterp import report_tables, report_verdicts
 from mechinterp.errors import AnalysisError
 from mechinterp.files import write_json
-from mechinterp.report import write_report
+from mechinterp.report import collect_figures, write_report
 from mechinterp.verdict import Verdict
 
 MANIFEST = {
@@ -115,6 +115,16 @@ def test_report_is_one_file_that_needs_nothing_else(study_run):
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert not re.search(r"url\(|@import|https?://", re.sub(r'src="data:[^"]*"', "", text))
+
+
+def test_a_caption_of_several_figures_stands_once(tmp_path):
+    for name in ("probes_digits", "probes_triage", "ladder"):
+        (tmp_path / f"{name}.svg").write_text("<svg></svg>")
+    ladder, first, second = collect_figures(tmp_path)
+    assert [first.name, second.name] == ["probes_digits", "probes_triage"]
+    assert first.caption == caption("probes")
+    assert second.caption == "As Figure 2."
+    assert ladder.caption == caption("ladder")
 
 
 def test_report_says_what_is_in_the_run(study_run):

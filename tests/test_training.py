@@ -363,6 +363,11 @@ def test_bad_settings_are_named(make, message):
         make()
 
 
+def test_other_lengths_have_other_checkpoints():
+    assert replace(TrainingConfig(n_steps=400), n_steps=20).steps == log_spaced_steps(20, 7)
+    assert TrainingConfig(n_steps=20, checkpoint_steps=(5,)).steps == (0, 5, 20)
+
+
 # The pool
 
 

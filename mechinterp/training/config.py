@@ -73,15 +73,11 @@ class TrainingConfig:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"training: betas must be two numbers in [0, 1), got {self.betas}")
-        steps = self.checkpoint_steps
-        if steps is None:
-            steps = log_spaced_steps(self.n_steps, 7)
-        steps = tuple(sorted({0, *(int(step) for step in steps), self.n_steps}))
-        if steps[0] < 0 or steps[-1] > self.n_steps:
+        if self.steps[0] < 0 or self.steps[-1] > self.n_steps:
             raise TrainingError(
-                f"training: checkpoint_steps must lie in 0..n_steps = {self.n_steps}, got {steps}"
+                f"training: checkpoint_steps must lie in 0..n_steps = {self.n_steps}, got "
+                f"{self.steps}"
             )
-        object.__setattr__(self, "checkpoint_steps", steps)
         object.__setattr__(self, "betas", tuple(self.betas))
 
     def as_inputs(self) -> dict[str, Any]:
@@ -90,8 +86,11 @@ class TrainingConfig:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """`checkpoint_steps` as they are after initialisation: never None."""
-        return tuple(self.checkpoint_steps or ())
+        """The steps at which checkpoints are left, 0 and the last among them."""
+        chosen = self.checkpoint_steps
+        if chosen is None:
+            chosen = log_spaced_steps(self.n_steps, 7)
+        return tuple(sorted({0, *(int(step) for step in chosen), self.n_steps}))
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of the update that makes `step` + 1 out of `step`."""

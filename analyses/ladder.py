@@ -40,6 +40,7 @@ LOSSES = {
     "not_encoded": ("oracle", "latents"),
     "not_combined": ("latents", "depth"),
 }
+NOTHING = 1e-9  # a smaller scale is rounding
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,13 @@ class Ladder:
         return len(self.values["utility"]["raw"])
 
     def loss(self, currency: str, loss: str) -> Float[Tensor, " items"] | None:
-        """Per-item loss as a fraction of the scale; None where a rung was not measured."""
+        """Per-item loss as a fraction of the scale; None where a rung was not measured, or where
+        there is nothing to lose: at these costs no decision is worth more than the best constant.
+        """
         above, below = (self.values[currency].get(rung) for rung in LOSSES[loss])
-        return None if above is None or below is None else (above - below) / self.scale[currency]
+        if above is None or below is None or self.scale[currency] < NOTHING:
+            return None
+        return (above - below) / self.scale[currency]
 
 
 def latent_beliefs(

@@ -41,6 +41,8 @@ def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
     tables = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
     for name in ("ladder", "losses", "ladder_in_full", "losses_in_full"):
         tables[name] = _before_as_step_zero(tables[name])
+    for name in ("losses", "losses_in_full"):  # no shares where there is nothing to lose
+        tables[name] = tables[name][np.isfinite(tables[name]["value"])]
     tables["probes"] = _before_as_step_zero(_with_random_init(tables["probes"]))
     tables["patching"] = _before_and_after(tables["patching"])
     tables["contrasts"] = contrast_arms(

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+def hide_unused(axes: np.ndarray, n_used: int) -> None:
+    """Leave out all panels but the first `n_used`; the lowest of each column then has tick labels,
+    which shared axes give to the last row alone."""
+    for ax in axes.flat[n_used:]:
+        ax.set_visible(False)
+    for ax in axes.flat[max(0, n_used - axes.shape[1]) : n_used]:
+        ax.tick_params(labelbottom=True)
+
+
 def percent_axis(
     ax: Axes,
     which: str,

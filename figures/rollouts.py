@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from figures import style
+from figures.axes import hide_unused
 from figures.tables import Tables, arms_in, files_by_task, over_seeds, read_tables, where
 from mechinterp.arm_names import ADVANTAGES, kind_and_advantage
 from mechinterp.errors import AnalysisError
@@ -85,8 +86,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str, arms: Sequence[
         summaries.append(_panel(ax, _smoothed(log, name), looks, measure))
         ax.set_title(measure.title)
         ax.set_ylabel(measure.unit)
-    for ax in axes.flat[len(measures) :]:
-        ax.set_visible(False)
+    hide_unused(axes, len(measures))
     figure.supxlabel("Training step", fontsize=7)
     style.letter_panels(axes)
     kinds = {arm: kind_and_advantage(arm) for arm in looks}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from figures import style
-from figures.axes import percent_axis
+from figures.axes import hide_unused, percent_axis
 from figures.tables import Tables, arms_in, costs_of, over_seeds, read_tables, where
 from mechinterp.arm_names import CONTROL
 from mechinterp.errors import AnalysisError
@@ -55,8 +55,7 @@ def draw(source: str | Path | Tables) -> Figure:
         panel = where(changes, task=task)
         summaries += [_panel(ax, where(panel, arm=arm), looks[arm]) for arm in arms_in(panel)]
         ax.set_title(style.wrap(task))
-    for ax in axes.flat[len(tasks) :]:
-        ax.set_visible(False)
+    hide_unused(axes, len(tasks))
     held = {
         measure: np.concatenate(
             [changes[measure], *(s[measure][side] for s in summaries for side in ("low", "high"))]

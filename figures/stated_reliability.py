@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from figures import style
+from figures.axes import hide_unused
 from figures.tables import (
     Tables,
     arms_in,
@@ -80,8 +81,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str) -> Figure:
     for ax, arm in zip(axes.flat, arms, strict=False):
         summaries.append(_panel(ax, where(bins, arm=arm)))
         ax.set_title(style.wrap(style.arm_label(arm), 24))
-    for ax in axes.flat[len(arms) :]:
-        ax.set_visible(False)
+    hide_unused(axes, len(arms))
     figure.supxlabel("Confidence", fontsize=7)
     figure.supylabel("Share of right answers", fontsize=7)
     style.letter_panels(axes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from table_factory import STEPS, study_tables, write_tables
 
 import figures
 from figures import FIGURES, draw_all, style, tables
+from figures.axes import hide_unused
 from figures.colormaps import diverging_map, sequential_map
 
 MANY_ARMS = (
@@ -199,3 +201,11 @@ def test_step_zero_has_a_place_on_the_axis():
     assert ax.get_xlim()[0] < 0 < ax.get_xlim()[1]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "50", "400", "1.6k"]
     assert ax.get_xticks(minor=True).tolist() == [s for s in STEPS if s not in ax.get_xticks()]
+
+
+def test_the_lowest_panel_of_each_column_has_tick_labels():
+    _, axes = plt.subplots(2, 3, sharex=True)
+    hide_unused(axes, 4)
+    assert [ax.get_visible() for ax in axes.flat] == [True] * 4 + [False] * 2
+    labelled = [ax.xaxis.get_tick_params()["labelbottom"] for ax in axes.flat[:4]]
+    assert labelled == [False, True, True, True]

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from mechinterp import smollm2
 from mechinterp.arm_names import kind_and_weights
-from mechinterp.errors import SpecError
+from mechinterp.checkpoints import save_checkpoint
+from mechinterp.errors import CheckpointError, SpecError
 from mechinterp.plans import load_plan
 from mechinterp.spec import load_study, load_task
 from mechinterp.study_plan import arms_of, make_plan
@@ -119,9 +122,25 @@ def test_a_preset_may_leave_tasks_out(tmp_path):
         load_study(path)
 
 
+@pytest.fixture(scope="module")
+def like_smollm2(tmp_path_factory) -> Path:
+    """A folder with a small network that has SmolLM2's tokenizer, named as studies name it."""
+    try:
+        tokenizer = smollm2._load_tokenizer(smollm2.find_gguf())
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("start")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=1, **sizes)
+    save_checkpoint(LlamaForCausalLM(config), folder / "smollm2", tokenizer=tokenizer)
+    return folder
+
+
 @pytest.mark.parametrize("path", sorted(MAIN.parent.glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("preset", [None, "quick", "full"])
-def test_every_study_that_is_shipped_can_be_planned(path, preset):
+def test_every_study_that_is_shipped_can_be_planned(path, preset, monkeypatch, request):
+    if path.stem == "smollm2":
+        monkeypatch.chdir(request.getfixturevalue("like_smollm2"))
     if path.stem == "validation":
         assert make_validation_plan(load_validation(path, preset=preset)).steps
     else:

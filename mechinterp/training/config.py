@@ -78,6 +78,8 @@ class TrainingConfig:
                 f"training: checkpoint_steps must lie in 0..n_steps = {self.n_steps}, got "
                 f"{self.steps}"
             )
+        if self.checkpoint_steps is not None:
+            object.__setattr__(self, "checkpoint_steps", self.steps)
         object.__setattr__(self, "betas", tuple(self.betas))
 
     def as_inputs(self) -> dict[str, Any]:

@@ -28,9 +28,10 @@ def make_reward_plan(spec: RewardStudySpec) -> Plan:
     known = {BRANCHED: {arm: Arm(SYMMETRIC) for arm in arms}, FROM_INIT: {CONTROL: Arm(SYMMETRIC)}}
     runs: dict[tuple[str, str, str, int], Step] = {}
     measures: list[Step] = []
+    beginning = _beginning(spec)
     for seed in range(spec.seeds):
         start_seed = 0 if spec.shared_start else seed
-        start = _warm_up(spec, start_seed)
+        start = _warm_up(spec, start_seed, beginning)
         rates = _pass_rates(spec, start_seed, start) if spec.candidates else None
         if rates is not None and seed == start_seed:
             measures.append(rates)
@@ -101,13 +102,13 @@ def _adapters(spec: RewardStudySpec) -> dict[str, Any]:
     return {"adapters": spec.adapters.model_dump(mode="json")} if spec.adapters else {}
 
 
-def _warm_up(spec: RewardStudySpec, seed: int) -> Step:
+def _warm_up(spec: RewardStudySpec, seed: int, beginning: dict[str, Any]) -> Step:
     inputs = {
         **_task_inputs(spec, spec.warm_up.settings),
         **_adapters(spec),
         "levels": list(spec.warm_up.levels),
         "training": spec.warm_up.training.as_inputs(),
-        **_beginning(spec),
+        **beginning,
         "seed": seed,
         "data_order": 0,
         "start_step": None,

@@ -78,13 +78,15 @@ class Separability:
 
 
 def measure_separability(model: HookedModel, task: Task, *, spec: AnalysisSpec) -> Separability:
-    """Curves, ranked components and areas of one network, on `pruning_items` of the test split.
+    """Curves, ranked components and areas of one network, on `pruning_items` of the test split, or
+    all that it holds.
 
     Components are ranked, and their means and resampled values taken, on as many of the training
     split.
 
     Raises:
-        AnalysisError: the decision needs no latent, or the items are too few for the folds.
+        AnalysisError: the decision needs no latent, the items are too few for the folds, or the
+            training split holds fewer than the test split.
     """
     check_fits(model, task)
     if not any(latent.needed for latent in task.latents):
@@ -92,7 +94,8 @@ def measure_separability(model: HookedModel, task: Task, *, spec: AnalysisSpec) 
             f"task {task.name!r} has no latent that the decision needs, so nothing is to be learnt "
             "apart from choosing; give its latents needed=True"
         )
-    reference = task.sample(spec.pruning_items, seed=spec.seed, split="train")
+    reading = Reading.of(model, task, spec)
+    reference = _reference(task, len(reading.items), spec)
     effects = rank_targets(model, reference, task, spec=spec)
     ranks = {
         target: rank_components(effect, derive_generator(spec.seed, "ties", target))
@@ -102,7 +105,6 @@ def measure_separability(model: HookedModel, task: Task, *, spec: AnalysisSpec) 
     for draw in range(spec.pruning_draws):
         generator = derive_generator(spec.seed, "random components", draw)
         runs[RANDOM, draw] = random_ranks(model, generator)
-    reading = Reading.of(model, task, spec)
     base = reading(reading.intact)
     curves, areas = [], {}
     for ablation in ABLATIONS:
@@ -111,6 +113,17 @@ def measure_separability(model: HookedModel, task: Task, *, spec: AnalysisSpec) 
         values = _pruning_values(runs, left, base, reading, spec)
         areas[ablation] = measure_areas(values, reading.items.groups.numpy(), seed=spec.seed)
     return Separability(pd.DataFrame(curves), _components(effects, ranks), areas)
+
+
+def _reference(task: Task, n_items: int, spec: AnalysisSpec) -> Items:
+    """As many training items as test items: each of these is resampled from one of those."""
+    found = task.sample(spec.pruning_items, seed=spec.seed, split="train")
+    if len(found) < n_items:
+        raise AnalysisError(
+            f"task {task.name!r}: {len(found)} training items for {n_items} test items, and each "
+            f"is resampled from its own; give at most {len(found)} pruning_items"
+        )
+    return found.select(slice(0, n_items))
 
 
 def _prune(

@@ -60,6 +60,16 @@ class OneBit(Xor):
         return replace(items, labels=items.latents["first"], latents=latents)
 
 
+@dataclass(frozen=True)
+class Finite(OneBit):
+    """Splits that hold only so many items, as those of images do."""
+
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def sample(self, n: int, *, seed: int = 0, split: str = "test") -> Items:
+        return super().sample(min(n, dict(self.sizes)[split]), seed=seed, split=split)
+
+
 @pytest.fixture(scope="module")
 def model() -> HookedModel:
     """head.0.0 brings the first bit to the decision, which is the decision; head.0.1 brings the
@@ -280,6 +290,16 @@ def test_two_networks_that_are_one_have_not_moved(model):
     assert (bits.lost.isna() == (bits.outcome == "latent filler")).all()
     curves = curves[curves.needed]
     assert ((curves.low <= curves.lost + 1e-12) & (curves.lost <= curves.high + 1e-12)).all()
+
+
+def test_a_test_split_with_fewer_items_takes_as_many_of_the_training_split(model):
+    spec = SPEC.model_copy(update={"pruning_draws": 1})
+    task = Finite("second", (("train", 240), ("test", 150)))
+    found = measure_separability(model, task, spec=spec)
+    index = {name: values[0] for name, values in found.areas["resample"].index().items()}
+    assert index == pytest.approx({"both": 1, "decision": 1, "latents": 1}, abs=0.01)
+    with pytest.raises(AnalysisError, match="100 training items for 150 test items"):
+        measure_separability(model, replace(task, sizes=(("train", 100), ("test", 150))), spec=spec)
 
 
 def test_bad_input_is_one_line():

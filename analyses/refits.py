@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from jaxtyping import Float, Int
@@ -15,16 +16,22 @@ from mechinterp.decisions import Utility
 from mechinterp.hooked import HookedModel
 from mechinterp.randomness import derive_generator
 from mechinterp.spec import AnalysisSpec
-from mechinterp.tasks.base import Task
+from mechinterp.tasks.base import Items, Task
+
+FITTED_ON: Mapping[Refit, str] = {"crt": "train", "lws": "train", "dfr": "validation"}
 
 
 @dataclass(frozen=True)
 class LastLayer:
-    """A checkpoint's last layer, and the streams to refit it on: read once for every refit."""
+    """A checkpoint's last layer, and the streams to refit it on: read once for every refit.
+
+    `given` are items by split, in place of a sample of `spec.refit_items`.
+    """
 
     model: HookedModel
     task: Task
     spec: AnalysisSpec
+    given: Mapping[str, Items] = field(default_factory=dict)
 
     def refit(self, refit: Refit, utility: Utility) -> refits.ActionReadout:
         """cRT and LWS are fitted on training items, DFR on validation items, tau-norm on none.
@@ -50,7 +57,9 @@ class LastLayer:
         return self._read("validation")
 
     def _read(self, split: str) -> tuple[Tensor, Tensor]:
-        items = self.task.sample(self.spec.refit_items, seed=self.spec.seed, split=split)
+        items = self.given.get(split)
+        if items is None:
+            items = self.task.sample(self.spec.refit_items, seed=self.spec.seed, split=split)
         options = {"batch_size": self.spec.batch_size, "max_layers": self.spec.max_layers}
         streams = read_streams(self.model, items, self.task, **options)
         return streams.normed[self.model.n_layers], items.labels

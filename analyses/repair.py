@@ -24,7 +24,7 @@ import pandas as pd
 from analyses.crossing import find_verdict_cut
 from analyses.ladder import CURRENCIES
 from analyses.pair import Pair, run_script
-from analyses.refits import LastLayer
+from analyses.refits import FITTED_ON, LastLayer
 from analyses.repair_subject import (
     READOUTS,
     RepairSubject,
@@ -54,10 +54,10 @@ STARTS = ("after", "scratch")
 class Repairs:
     """`repair`: one row per way of repair, steps, currency and readout. `kind` is "adapters" (with
     layers "early", "late" or "all", part, rank), "weights" (all of them) or "refit" (`part` is its
-    name); trained on `n_items`. `value` is the mean over draws, `lost` what AFTER lost against the
-    reference (nats or utility) with its 95% interval over groups of items, `share` what was
-    regained of it, with a 95% interval over draws and items; NaN where `lost_low` is not above 2%
-    of (reference - best constant).
+    name); trained on `n_items`, fewer than asked for where a split holds too few for all draws.
+    `value` is the mean over draws, `lost` what AFTER lost against the reference (nats or utility)
+    with its 95% interval over groups of items, `share` what was regained of it, with a 95% interval
+    over draws and items; NaN where `lost_low` is not above 2% of (reference - best constant).
 
     `reverse`: all weights on fresh items, by `start` and steps; `level` is the value above the best
     constant report's, as a share of the reference's, with its interval as above.
@@ -129,7 +129,7 @@ def _adapted(subject: RepairSubject, boundary: int, advance: Any) -> Iterator[di
             "part": part,
             "rank": float("nan") if rank is None else float(rank),
             "n_parameters": runs[0][0],
-            "n_items": spec.repair_items,
+            "n_items": len(subject.few(0)),
         }
         for steps in runs[0][1]:
             found = stack_draws([values[steps] for _, values in runs])
@@ -180,24 +180,37 @@ def _steps(n: int) -> list[int]:
 
 
 def _refitted(subject: RepairSubject) -> Iterator[dict[str, Any]]:
-    """Every refit on as few items as adapters have, and on `refit_items`."""
+    """Every refit on as few items as adapters have, and on `refit_items`, once where the split has
+    no more."""
     spec, task = subject.spec, subject.task
     tested = read_streams(
         subject.after, subject.items, task, batch_size=spec.batch_size, max_layers=1
     )
     normed = tested.normed[subject.after.n_layers]
-    for n_items in dict.fromkeys((spec.repair_items, spec.refit_items)):
+    few, done = len(subject.few(0)), set()
+    for asked in dict.fromkeys((spec.repair_items, spec.refit_items)):
+        most = few if asked == spec.repair_items else asked
+        given = [
+            {
+                split: subject.drawn(draw, asked, split=split).select(slice(0, most))
+                for split in FITTED_ON.values()
+            }
+            for draw in range(spec.repair_draws)
+        ]
         layers = [
             LastLayer(
                 subject.after,
                 task,
-                spec.model_copy(
-                    update={"refit_items": n_items, "seed": derive_seed(spec.seed, "repair", draw)}
-                ),
+                spec.model_copy(update={"seed": derive_seed(spec.seed, "repair", draw)}),
+                items,
             )
-            for draw in range(spec.repair_draws)
+            for draw, items in enumerate(given)
         ]
         for name in get_args(Refit):
+            n_items = len(given[0][FITTED_ON[name]]) if name in FITTED_ON else most
+            if (name, n_items) in done:
+                continue
+            done.add((name, n_items))
             readouts = [layer.refit(name, symmetric_utility(task)) for layer in layers]
             found = stack_draws(
                 [values_of(r(normed).double(), subject.items, task) for r in readouts]

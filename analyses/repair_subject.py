@@ -16,6 +16,7 @@ from torch import Tensor
 
 from analyses.streams import read_streams
 from mechinterp import decisions
+from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.randomness import derive_seed
 from mechinterp.repair import Repair
@@ -70,8 +71,26 @@ class RepairSubject:
 
     def few(self, draw: int) -> Items:
         """Items of the validation split, which training has not seen."""
-        seed = derive_seed(self.spec.seed, "repair", draw)
-        return self.task.sample(self.spec.repair_items, seed=seed, split="validation")
+        return self.drawn(draw, self.spec.repair_items, split="validation")
+
+    def drawn(self, draw: int, n_items: int, *, split: str) -> Items:
+        """One of `repair_draws` draws of a split; where it holds too few for `n_items` in each, an
+        equal part of it, since draws of nearly all there is would hardly differ.
+
+        Raises AnalysisError where there are more draws than items.
+        """
+        n_draws = self.spec.repair_draws
+        there_are = self.task.sample(n_items * n_draws, seed=self.spec.seed, split=split)
+        if len(there_are) == n_items * n_draws:
+            seed = derive_seed(self.spec.seed, "repair", draw)
+            return self.task.sample(n_items, seed=seed, split=split)
+        size = len(there_are) // n_draws
+        if size == 0:
+            raise AnalysisError(
+                f"repair_draws: {n_draws} draws of the {len(there_are)} items that the {split} "
+                f"split of task {self.task.name!r} holds; give fewer"
+            )
+        return there_are.select(slice(draw * size, (draw + 1) * size))
 
     def rows(self, repaired: Values) -> Iterator[dict[str, Any]]:
         """Rows of `Repairs.repair`, from values [draws, items]."""

@@ -134,12 +134,15 @@ def _shares(panels: np.ndarray, rows: pd.DataFrame) -> list[pd.DataFrame]:
     ends = over_seeds(where(weights, steps=last), ["part"], "share", scale=100)
     _points(by_place, ends, {"all": "all weights"}, WEIGHTS)
     refits = where(rows, kind="refit")
-    few = refits["n_items"].min()
-    for n_items, offset in ((few, -0.12), (refits["n_items"].max(), 0.12)):
-        own = over_seeds(where(refits, n_items=n_items), ["part"], "share", scale=100)
-        look = style.ArmStyle(PLACES["late"].color, "^", "", "")
-        _points(by_place, own, REFITS, look, offset=offset, filled=n_items == few)
-        summaries.append(own)
+    few = refits["n_items"] == refits["n_items"].min()
+    # A split that holds too few items gives one refit fewer than the others have.
+    most = refits["n_items"] == refits.groupby("part")["n_items"].transform("max")
+    for chosen, offset in ((few, -0.12), (most & ~few, 0.12)):
+        if chosen.any():
+            own = over_seeds(refits[chosen], ["part"], "share", scale=100)
+            look = style.ArmStyle(PLACES["late"].color, "^", "", "")
+            _points(by_place, own, REFITS, look, offset=offset, filled=chosen is few)
+            summaries.append(own)
     for ax, axis in ((by_steps, "y"), (by_rank, "y"), (by_place, "x")):
         values = [s["mean"] for s in summaries]
         percent_axis(ax, axis, np.append(np.concatenate(values), [0, 100]), log_above=300)
@@ -211,13 +214,14 @@ def _handles(repair: pd.DataFrame, reverse: pd.DataFrame | None, arm: str) -> li
         style.handle(look.label, color=look.color, marker=look.marker, ls=look.linestyle)
         for look in looks
     ]
-    refits = sorted(where(repair, kind="refit")["n_items"].unique())
+    refits = where(repair, kind="refit")["n_items"]
     color = PLACES["late"].color
+    sizes = {refits.max(): ("up to ", "white"), refits.min(): ("", color)}
     points = [
         style.handle(
-            f"refit, {n:,.0f} items", color=color, marker="^", ls="", mfc=fill, ms=3, mew=0.6
+            f"refit, {most}{n:,.0f} items", color=color, marker="^", ls="", mfc=fill, ms=3, mew=0.6
         )
-        for n, fill in zip(refits, (color, "white"), strict=False)
+        for n, (most, fill) in reversed(sizes.items())
     ]
     return [*lines, *points]
 

@@ -6,18 +6,21 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_models import random_tokens, shared_model
 
-from analyses.repair import steps_to_reach
-from analyses.repair_subject import share_regained
+from analyses.repair import _refitted, steps_to_reach
+from analyses.repair_subject import RepairSubject, share_regained
+from mechinterp import tasks
 from mechinterp.adapters import Adapters
 from mechinterp.checkpoints import open_checkpoint, save_checkpoint
-from mechinterp.errors import ModelError, TrainingError
+from mechinterp.errors import AnalysisError, ModelError, TrainingError
 from mechinterp.hooked import load
-from mechinterp.randomness import derive_generator
+from mechinterp.randomness import derive_generator, derive_seed
 from mechinterp.repair import Repair, few_batches, fresh_network, repair
+from mechinterp.spec import AnalysisSpec
 from mechinterp.statistics import t_interval
 from mechinterp.training.config import TrainingConfig
 
@@ -170,6 +173,43 @@ def test_divergence_is_refused():
     config = replace(QUICK, learning_rate=1e30)
     with pytest.raises(TrainingError, match="lower the learning rate"):
         repaired(shared_model("llama").model, config=config)
+
+
+# What it is trained and measured on
+
+
+def subject_of(task, **settings) -> RepairSubject:
+    return RepairSubject(
+        shared_model("llama"), task, AnalysisSpec(**settings), task.sample(60), {}, {}, {}
+    )
+
+
+def test_draws_of_a_small_split_share_no_item():
+    """`digits` has 180 validation images: four draws of 256 would be the same 180."""
+    subject = subject_of(tasks.get("digits"), repair_items=256, repair_draws=4)
+    draws = [set(subject.few(draw).groups.tolist()) for draw in range(4)]
+    assert [len(draw) for draw in draws] == [45] * 4
+    assert len(set.union(*draws)) == 180
+    many = subject_of(tasks.get("digits"), repair_draws=181)
+    with pytest.raises(AnalysisError, match="repair_draws: 181 draws of the 180 items"):
+        many.few(0)
+
+
+def test_draws_of_a_split_without_end_are_samples():
+    task = tasks.get("triage")
+    subject = subject_of(task, repair_items=20, repair_draws=3)
+    for draw in range(3):
+        seed = derive_seed(0, "repair", draw)
+        expected = task.sample(20, seed=seed, split="validation").tokens
+        assert torch.equal(subject.few(draw).tokens, expected)
+
+
+def test_refits_say_how_many_items_they_had():
+    task, model = tasks.get("digits"), shared_model("llama")
+    spec = AnalysisSpec(repair_test_items=60, repair_draws=2, repair_items=128, refit_items=300)
+    rows = pd.DataFrame(_refitted(RepairSubject.read(model, model, task, spec)))
+    sizes = rows.groupby("part")["n_items"].unique().map(list).to_dict()
+    assert sizes == {"crt": [90, 300], "lws": [90, 300], "tau_norm": [90, 300], "dfr": [90]}
 
 
 # What is regained

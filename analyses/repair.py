@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 import pandas as pd
+import torch
 
 from analyses.crossing import find_verdict_cut
 from analyses.ladder import CURRENCIES
@@ -48,6 +49,8 @@ from mechinterp.training.config import TrainingConfig
 
 RECOVERED = 0.9  # of a value, that counts as having it back
 STARTS = ("after", "scratch")
+# Refits that change the readout there is: what the provenance adds to its logits stays.
+KEEPING_THE_SHIFT: tuple[Refit, ...] = ("lws", "tau_norm")
 
 
 @dataclass(frozen=True)
@@ -181,12 +184,13 @@ def _steps(n: int) -> list[int]:
 
 def _refitted(subject: RepairSubject) -> Iterator[dict[str, Any]]:
     """Every refit on as few items as adapters have, and on `refit_items`, once where the split has
-    no more."""
+    no more. LWS and tau-norm keep a recorded shift of the decision, cRT and DFR replace it."""
     spec, task = subject.spec, subject.task
     tested = read_streams(
         subject.after, subject.items, task, batch_size=spec.batch_size, max_layers=1
     )
     normed = tested.normed[subject.after.n_layers]
+    shift = action_shift(subject.after, len(task.actions))
     few, done = len(subject.few(0)), set()
     for asked in dict.fromkeys((spec.repair_items, spec.refit_items)):
         most = few if asked == spec.repair_items else asked
@@ -212,8 +216,9 @@ def _refitted(subject: RepairSubject) -> Iterator[dict[str, Any]]:
                 continue
             done.add((name, n_items))
             readouts = [layer.refit(name, symmetric_utility(task)) for layer in layers]
+            kept = shift if name in KEEPING_THE_SHIFT else torch.zeros_like(shift)
             found = stack_draws(
-                [values_of(r(normed).double(), subject.items, task) for r in readouts]
+                [values_of(r(normed).double() + kept, subject.items, task) for r in readouts]
             )
             shared = {
                 "kind": "refit",

@@ -12,13 +12,15 @@ import torch
 from tiny_models import random_tokens, shared_model
 
 from analyses.repair import _refitted, steps_to_reach
-from analyses.repair_subject import RepairSubject, share_regained
+from analyses.repair_subject import RepairSubject, share_regained, values_of
+from analyses.streams import read_streams
 from mechinterp import tasks
 from mechinterp.adapters import Adapters
-from mechinterp.checkpoints import open_checkpoint, save_checkpoint
+from mechinterp.checkpoints import open_checkpoint, save_checkpoint, with_action_shift
 from mechinterp.errors import AnalysisError, ModelError, TrainingError
 from mechinterp.hooked import load
 from mechinterp.randomness import derive_generator, derive_seed
+from mechinterp.refits import normalise_rows, own_readout
 from mechinterp.repair import Repair, few_batches, fresh_network, repair
 from mechinterp.spec import AnalysisSpec
 from mechinterp.statistics import t_interval
@@ -210,6 +212,27 @@ def test_refits_say_how_many_items_they_had():
     rows = pd.DataFrame(_refitted(RepairSubject.read(model, model, task, spec)))
     sizes = rows.groupby("part")["n_items"].unique().map(list).to_dict()
     assert sizes == {"crt": [90, 300], "lws": [90, 300], "tau_norm": [90, 300], "dfr": [90]}
+
+
+def test_refits_of_the_readout_keep_a_recorded_shift_and_new_readouts_do_not(tmp_path):
+    task, shift = tasks.get("triage"), torch.tensor([-2.0, 2.0], dtype=torch.float64)
+    plain = save_checkpoint(shared_model("llama").model, tmp_path / "plain")
+    before = load(plain)
+    after = load(with_action_shift(plain, tmp_path / "shifted", shift.tolist()))
+    spec = AnalysisSpec(repair_test_items=60, repair_draws=1, repair_items=64, refit_items=64)
+    values = {}
+    for name, model in (("before", before), ("after", after)):
+        subject = RepairSubject.read(before, model, task, spec)
+        rows = pd.DataFrame(_refitted(subject)).query("currency == 'log_score'")
+        values[name] = rows.query("readout == 'raw'").set_index("part")["value"]
+    assert values["after"]["crt"] == values["before"]["crt"]
+    assert values["after"]["dfr"] == values["before"]["dfr"]
+    own = normalise_rows(own_readout(before.model, task.actions))
+    items = task.sample(60)
+    normed = read_streams(before, items, task).normed[before.n_layers]
+    expected = values_of(own(normed).double() + shift, items, task)["log_score", "raw"].mean()
+    assert values["after"]["tau_norm"] == pytest.approx(float(expected))
+    assert values["after"]["lws"] < values["before"]["lws"] - 0.1
 
 
 # What is regained

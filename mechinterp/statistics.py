@@ -74,31 +74,32 @@ class VarianceComponents:
         return self.between + self.within / n_items
 
 
-def t_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Student's interval for the mean of independent values, such as one number per seed.
+def t_interval(
+    values: ArrayLike, *, groups: ArrayLike | None = None, level: float = 0.95
+) -> Interval:
+    """Student's interval for the mean of independent values, such as one number per seed, or of
+    items whose `groups` are independent (`bootstrap_t_interval` for few or skewed ones).
 
-    From a single value there is no interval: its bounds are NaN.
+    From a single value or group there is no interval: its bounds are NaN.
     """
     from scipy.stats import t
 
-    x = _numbers(values)
-    mean = float(x.mean())
-    if len(x) < 2:
-        return Interval(mean, float("nan"), float("nan"), level, len(x))
-    half = float(t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
-    return Interval(mean, mean - half, mean + half, level, len(x))
+    mean, error, n = _mean_and_error(_numbers(values), groups)
+    half = float(t.ppf(0.5 + level / 2, n - 1) * error) if n > 1 else float("nan")
+    return Interval(mean, mean - half, mean + half, level, n)
 
 
-def t_test(values: ArrayLike) -> float:
-    """Two-sided p-value of mean zero by Student's t; NaN from one value, 1 where all are zero."""
-    from scipy.stats import ttest_1samp
+def t_test(values: ArrayLike, *, groups: ArrayLike | None = None) -> float:
+    """Two-sided p-value of mean zero, as `t_interval` has it; NaN from one value or group, 1 where
+    all are zero."""
+    from scipy.stats import t
 
-    x = _numbers(values)
-    if len(x) < 2:
+    mean, error, n = _mean_and_error(_numbers(values), groups)
+    if n < 2:
         return float("nan")
-    if np.ptp(x) == 0:
-        return 1.0 if x[0] == 0 else 0.0
-    return float(ttest_1samp(x, 0.0).pvalue)  # type: ignore[union-attr]
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * t.sf(abs(mean) / error, n - 1))
 
 
 def proportion_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -147,15 +148,11 @@ def bootstrap_t_interval(
     prefer `t_interval`.
     """
     x = _numbers(values)
-    labels = np.arange(len(x)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    if len(labels) != len(x):
-        raise AnalysisError(f"bootstrap: {len(x)} values but {len(labels)} groups")
-    sizes = np.bincount(labels).astype(float)
-    n = len(sizes)
     mean = float(x.mean())
+    sums, sizes = _by_group(x - mean, groups)  # centred: resampled means are then deviations
+    n = len(sizes)
     if n < 2:
         return Interval(mean, float("nan"), float("nan"), level, n)
-    sums = np.bincount(labels, x - mean)  # centred: resampled means are then deviations
     rng = derive_rng(seed, "bootstrap")
     rows = max(1, _CHUNK // n)
     observed = _ratio(np.ones((1, n)), sums, sizes)[1].item()
@@ -325,9 +322,7 @@ def _by_seed(x: np.ndarray, seeds: ArrayLike, groups: ArrayLike | None) -> list[
     parts = []
     for name in np.unique(seeds):
         own = x[seeds == name]
-        codes = np.unique(labels[seeds == name], return_inverse=True)[1]
-        sizes = np.bincount(codes).astype(float)
-        sums = np.bincount(codes, own - own.mean())
+        sums, sizes = _by_group(own - own.mean(), labels[seeds == name])
         error = _ratio(np.ones((1, len(sizes))), sums, sizes)[1].item() if len(sizes) > 1 else 0.0
         parts.append(_Seed(float(own.mean()), sums, sizes, error))
     return parts
@@ -354,6 +349,27 @@ def _upper_p(x: np.ndarray, distance: float) -> float:
     if error == 0:
         return 0.0 if distance > 0 else 1.0
     return float(t.sf(distance / error, len(x) - 1))
+
+
+def _by_group(x: np.ndarray, groups: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the items of each group, or of each item."""
+    if groups is None:
+        return x, np.ones(len(x))
+    labels = np.unique(groups, return_inverse=True)[1]
+    if len(labels) != len(x):
+        raise AnalysisError(f"statistics: {len(x)} values but {len(labels)} groups")
+    return np.bincount(labels, x), np.bincount(labels).astype(float)
+
+
+def _mean_and_error(x: np.ndarray, groups: ArrayLike | None) -> tuple[float, float, int]:
+    """The mean over items, its standard error (NaN from one group), and the number of groups."""
+    mean = float(x.mean())
+    sums, sizes = _by_group(x - mean, groups)
+    n = len(sizes)
+    if np.ptp(x) == 0 and n > 1:  # where rounding must not look like spread
+        return mean, 0.0, n
+    error = _ratio(np.ones((1, n)), sums, sizes)[1].item() if n > 1 else float("nan")
+    return mean, error, n
 
 
 def _ratio(

@@ -32,7 +32,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -188,22 +187,15 @@ def schema() -> dict[str, Any]:
 
 
 def _interval(delta: Tensor, groups: Tensor, *, level: float) -> Interval:
-    """Bootstrap-t where skewness can matter; Student's t on the groups' means beyond."""
-    means = _group_means(delta, groups)
-    if len(means) > MANY_GROUPS:
-        return t_interval(means.numpy(), level=level)
-    return bootstrap_t_interval(delta.numpy(), groups=groups.numpy(), level=level)
+    """Of the mean over items: bootstrap-t where skewness can matter, Student's t beyond."""
+    many = len(groups.unique()) > MANY_GROUPS
+    return (t_interval if many else bootstrap_t_interval)(
+        delta.double().numpy(), groups=groups.numpy(), level=level
+    )
 
 
 def _p_value(delta: Tensor, groups: Tensor) -> float:
-    """Two-sided p-value of "no change", from the t statistic of the groups' means."""
-    return t_test(_group_means(delta, groups).numpy())
-
-
-def _group_means(delta: Tensor, groups: Tensor) -> Float[Tensor, " groups"]:
-    index = torch.unique(groups, return_inverse=True)[1]
-    total = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
-    return total.index_add(0, index, delta.double()) / torch.bincount(index)
+    return t_test(delta.double().numpy(), groups=groups.numpy())
 
 
 if __name__ == "__main__":

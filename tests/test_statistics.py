@@ -25,6 +25,27 @@ def test_t_interval_is_scipys(x, level):
     assert found.n == len(x)
     if np.std(x) > 1e-6:
         assert (found.low, found.high) == pytest.approx(tuple(expected), rel=1e-9, abs=1e-9)
+        p = scipy.stats.ttest_1samp(x, 0).pvalue
+        assert statistics.t_test(x) == pytest.approx(p, rel=1e-6, abs=1e-12)
+
+
+def test_groups_of_one_size_are_their_means_and_others_weigh_by_their_items():
+    x = np.random.default_rng(0).normal(0.1, 1, (20, 3))
+    groups = np.repeat(np.arange(20), 3)
+    own, means = (
+        statistics.t_interval(values, **how)
+        for values, how in ((x.ravel(), {"groups": groups}), (x.mean(1), {}))
+    )
+    assert (own.mean, own.low, own.n) == pytest.approx((means.mean, means.low, means.n))
+    assert statistics.t_test(x.ravel(), groups=groups) == pytest.approx(
+        statistics.t_test(x.mean(1))
+    )
+    y, sizes = x[:, 0], np.arange(1, 21)
+    found = statistics.t_interval(y.repeat(sizes), groups=np.arange(20).repeat(sizes))
+    mean = np.average(y, weights=sizes)
+    error = np.sqrt(np.sum((sizes * (y - mean)) ** 2) * 20 / 19) / sizes.sum()  # linearised ratio
+    assert found.mean == pytest.approx(mean)
+    assert found.high - mean == pytest.approx(scipy.stats.t.ppf(0.975, 19) * error)
 
 
 def test_a_single_value_has_no_interval():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mechinterp.verdict import Side, judge_side, minimum_detectable, state_of, word
+from mechinterp.verdict import MANY_GROUPS, Side, judge_side, minimum_detectable, state_of, word
 
 
 def items(mean, *, spread=0.3, n=4000, seed=0):
@@ -36,6 +36,29 @@ def test_items_of_a_group_count_once():
     width = alone.ci[1] - alone.ci[0]
     assert repeated.ci[1] - repeated.ci[0] == pytest.approx(width, rel=0.3)
     assert repeated.p == pytest.approx(alone.p)
+
+
+@pytest.mark.parametrize("n", [MANY_GROUPS, MANY_GROUPS + 2])
+def test_the_mean_is_that_over_items_however_many_groups_there_are(n):
+    sizes = torch.tensor([9, 1]).repeat(n // 2)
+    delta = torch.tensor([0.06, 0.0], dtype=torch.float64).repeat(n // 2)
+    side = judge_side(
+        delta.repeat_interleave(sizes), torch.arange(n).repeat_interleave(sizes), margin=0.05
+    )
+    assert side.delta == pytest.approx(0.054)
+    assert side.ci[0] < side.delta < side.ci[1]
+    assert side.state == "damaged"
+
+
+def test_p_agrees_with_the_interval_where_groups_differ_in_size():
+    """Many items say nothing, one item each of many groups says much: the mean over items is about
+    zero, that over groups is not."""
+    noise = items(0.0, n=3000)
+    delta = torch.cat([noise - noise.mean(), 0.5 + 0.01 * noise[:30]])
+    groups = torch.cat([torch.arange(3000) // 100, 100 + torch.arange(30)])
+    side = judge_side(delta, groups)
+    assert side.ci[0] < 0 < side.ci[1]
+    assert side.p > 0.05
 
 
 def test_no_change_at_all():

@@ -15,7 +15,7 @@ from mechinterp.arms import CONTROL, REORDERED, SYMMETRIC, Arm
 from mechinterp.checkpoints import open_checkpoint
 from mechinterp.reward_spec import RewardArm, RewardStudySpec
 from mechinterp.spec import AnalysisSpec, StudySpec, StudyTask, TaskSpec
-from mechinterp.steps import Step
+from mechinterp.steps import Step, task_inputs
 from mechinterp.study_plan import Plan, measures_of_seed
 
 BRANCHED, FROM_INIT = "branched", "from_init"
@@ -95,7 +95,7 @@ def _labels(spec: RewardStudySpec, seed: int, arm: str, **more: Any) -> dict[str
 
 
 def _task_inputs(spec: RewardStudySpec, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"task": spec.task, "settings": {**spec.settings, **(settings or {})}}
+    return task_inputs(spec.task, {**spec.settings, **(settings or {})})
 
 
 def _adapters(spec: RewardStudySpec) -> dict[str, Any]:
@@ -204,5 +204,5 @@ def _writing(
             yield Step("confidence", {**inputs, **more}, labels, (run,))
         for name in spec.texts if step == last else ():
             task = spec.tasks[name]
-            read = {"task": task.task, "settings": task.settings}
-            yield Step("texts", {**inputs, **read}, {**labels, "task": name}, (start, run))
+            read = {**inputs, **task_inputs(task.task, task.settings)}
+            yield Step("texts", read, {**labels, "task": name}, (start, run))

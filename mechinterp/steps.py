@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechinterp.files import atomic_directory, read_json, value_hash, write_json, write_table
+from mechinterp.files import (
+    atomic_directory,
+    file_hash,
+    read_json,
+    value_hash,
+    write_json,
+    write_table,
+)
 from mechinterp.training.pool import Job, run_jobs
 
 if TYPE_CHECKING:
@@ -101,6 +108,18 @@ class Step:
 
 def _module(kind: str) -> str:
     return "mechinterp.reward_steps" if kind in REWARD_KINDS else "mechinterp.steps"
+
+
+def task_inputs(task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A task as inputs of a step; a data file that its settings name counts by its content."""
+    from mechinterp import tasks
+
+    inputs: dict[str, Any] = {"task": task, "settings": dict(settings)}
+    if (version := tasks.task_class(task).version) > 1:
+        inputs["version"] = version
+    if (path := settings.get("path")) and Path(path).is_file():
+        inputs["file"] = file_hash(path)
+    return inputs
 
 
 def checkpoint_path(train: str | Path, step: int) -> Path:

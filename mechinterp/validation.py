@@ -25,7 +25,7 @@ from mechinterp.spec import (
     known_keys,
     load_with_preset,
 )
-from mechinterp.steps import Step, run_missing
+from mechinterp.steps import Step, run_missing, task_inputs
 from mechinterp.training.config import ModelConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _pairs(plan: ValidationPlan, out: Path) -> pd.DataFrame:
 
 def _train(network: Network, name: str, seed: int) -> Step:
     inputs = {
-        **_task_inputs(network),
+        **task_inputs(network.task, network.settings),
         "training": _training(network, network.n_steps),
         "objective": {"name": "cross_entropy"},
         "seed": seed,
@@ -224,13 +224,9 @@ def _training(network: Network, n_steps: int) -> dict[str, Any]:
     return replace(network.training, n_steps=n_steps, checkpoint_steps=steps).as_inputs()
 
 
-def _task_inputs(network: Network) -> dict[str, Any]:
-    return {"task": network.task, "settings": network.settings}
-
-
 def _measured(spec: ValidationSpec, network: Network, run: Step) -> dict[str, Any]:
     return {
-        **_task_inputs(network),
+        **task_inputs(network.task, network.settings),
         "analysis": {"ladder_items": spec.items},
         "step": run.inputs["training"]["n_steps"],
     }

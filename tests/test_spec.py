@@ -177,6 +177,24 @@ def test_an_optional_task_is_left_out_without_its_file(tmp_path, capsys):
     assert "tasks.xrays: left out: no file" in capsys.readouterr().err
 
 
+def test_a_step_knows_its_tasks_data_by_content_and_version(tmp_path, monkeypatch):
+    data = tmp_path / "images.npz"
+    raw = yaml.safe_load(MAIN.read_text())
+    raw["tasks"] = {"xrays": {"task": "pneumonia", "settings": {"path": str(data)}}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(raw))
+
+    def keys(content=b"once"):
+        data.write_bytes(content)
+        return [step.key for step in make_plan(load_study(path)).steps]
+
+    first = keys()
+    assert keys() == first
+    assert not set(keys(b"repaired")) & set(first)
+    monkeypatch.setattr("mechinterp.tasks.pneumonia.Pneumonia.version", 2)
+    assert not set(keys()) & set(first)
+
+
 def test_a_study_goes_task_by_task():
     plan = make_plan(load_study(MAIN))
     tasks = [step.labels["task"] for step in plan.steps]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -90,6 +90,7 @@ class Task(ABC):
     """
 
     name: str
+    version: ClassVar[int] = 1  # raised when equal settings give other items: studies measure anew
     actions: tuple[int, ...]  # token id of each action; action a is right when the label is a
     action_names: tuple[str, ...]
     latents: tuple[Latent, ...]

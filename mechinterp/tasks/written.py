@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -77,6 +77,7 @@ class WrittenTask(ABC):
     """Problems to be answered in writing. Subclasses are frozen dataclasses, as tasks are."""
 
     name: str
+    version: ClassVar[int] = 1  # raised when equal settings give other items: studies measure anew
     vocab_size: int
     pad_token: int
     end_token: int  # its sampling ends a completion

@@ -33,7 +33,11 @@ COST_EDGES = (-np.inf, 0.02, 0.05, 0.1, 0.2, 0.4, np.inf)
 
 def validity_tables(pairs: pd.DataFrame, spec: ValidationSpec) -> dict[str, pd.DataFrame]:
     """`pairs` with columns outcome and judged; `rates` by half, and by half and kind or
-    network; `confusion` by half; `sensitivity` by half, kind and range of cost."""
+    network; `confusion` by half; `sensitivity` by half, kind and range of cost.
+
+    Doses of a kind that leave a network the same are one pair: half of one latent is one latent.
+    """
+    pairs = pairs.drop_duplicates([column for column in pairs if column != "dose"])
     pairs = pairs.assign(
         outcome=[_outcome(row) for row in pairs.to_dict("records")],
     )

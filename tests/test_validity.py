@@ -98,6 +98,17 @@ def test_rates_count_what_they_say():
     assert "| choosing | 1 | 1 |  | 1 |  |" in validity.confusion_text(found["confusion"])
 
 
+def test_doses_that_leave_a_network_the_same_are_one_pair():
+    found = tables(
+        pair("discarded", "none", dose="discard=0.5"),
+        pair("discarded", "none", dose="discard=1"),
+        pair("discarded", "none", dose="discard=1", seed=1),
+        pair("discarded", "none", dose="discard=0.2", cost_log_score=0.1),
+    )
+    assert found["pairs"]["dose"].tolist() == ["discard=0.5", "discard=1", "discard=0.2"]
+    assert rate(found, "damaged", "right") == (0, 3)
+
+
 def test_exact_intervals_are_clopper_and_pearsons():
     for k, n in ((0, 10), (3, 17), (149, 150), (10, 10)):
         low = beta.ppf(0.025, k, n - k + 1) if k else 0.0

@@ -66,7 +66,8 @@ def _erase(s: Subject, amount: float, _: torch.Generator) -> LlamaForCausalLM:
 
 
 def _discard(s: Subject, amount: float, _: torch.Generator) -> LlamaForCausalLM:
-    # Refitted on other items: on those that the erasure was fitted to, nothing at all is left.
+    # Refitted on other items (of a task with few images on other noise): on those that the erasure
+    # was fitted to, nothing at all is left.
     others = Subject(s.model, s.task, s.n_items, s.seed + 1)
     return learning.refit_decision(others, discarding.discard_late(s, amount))
 
@@ -94,7 +95,7 @@ LESIONS: dict[str, Lesion] = {
     "rewire": Lesion(
         "choosing",
         ("raw", "bias"),
-        "share of the last MLP's part in the decision that goes elsewhere",
+        "share of the decision's part from the last attention or MLP, the larger, that goes elsewhere",
         lambda s, d, g: choosing.rewire_decision(s, d),
     ),
     "erase": Lesion(

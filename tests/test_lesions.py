@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import shared_model
 
 from analyses.ladder import measure_ladder
 from analyses.streams import read_streams, task_costs
@@ -140,11 +141,17 @@ def test_sides_of_several_lesions():
     assert side_of([Dose("basis", 0.0)]) == side_of([]) == "none"
 
 
+@pytest.mark.parametrize("last", ["erase", "discard", "refit"])
+def test_what_would_heal_a_lesion_of_choosing_may_not_follow_it(last):
+    subject = Subject(shared_model("llama"), tasks.get("triage"), n_items=60)
+    doses = [Dose("shift", 6.0), Dose("basis", 0.0), Dose(last, 1.0)]
+    with pytest.raises(ModelError, match="learning, and refit, before those of choosing"):
+        damage(subject, doses, generator=torch.Generator())
+
+
 def test_errors_name_what_is_wrong(bench):
     with pytest.raises(ModelError, match="lesion 'bad': not known; known: shift"):
         parse_doses("erase=1+bad=1")
-    with pytest.raises(ModelError, match="those of learning before those of choosing"):
-        bench.damaged(Dose("shift", 1.0), Dose("erase", 1.0))
     with pytest.raises(ModelError, match="no checkpoint that lacks 150%"):
         bench.damaged(Dose("stop_early", 1.5))
     with pytest.raises(ModelError, match="needs a checkpoint of a trajectory"):

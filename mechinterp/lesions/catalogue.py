@@ -18,6 +18,7 @@ Side = Literal["choosing", "learning", "both", "discarded", "none"]
 Rung = Literal["raw", "bias", "head", "depth"]
 Make = Callable[[Subject, float, torch.Generator], LlamaForCausalLM]
 ALL: tuple[Rung, ...] = ("raw", "bias", "head", "depth")
+REFITTED: tuple[Side, ...] = ("learning", "discarded")  # their lesions end with a new readout
 
 
 class Dose(NamedTuple):
@@ -95,7 +96,7 @@ LESIONS: dict[str, Lesion] = {
     "rewire": Lesion(
         "choosing",
         ("raw", "bias"),
-        "share of the decision's part from the last attention or MLP, the larger, that goes elsewhere",
+        "share of the last block's part (attention or MLP, the larger) that goes elsewhere",
         lambda s, d, g: choosing.rewire_decision(s, d),
     ),
     "erase": Lesion(
@@ -171,14 +172,15 @@ LESIONS: dict[str, Lesion] = {
 def damage(
     subject: Subject, doses: Sequence[Dose], *, generator: torch.Generator
 ) -> LlamaForCausalLM:
-    """The subject's network with every dose in turn: learning before choosing, else the refit of
-    the decision that belongs to a learning lesion would heal what was done to it.
+    """The subject's network with every dose in turn: those that end with a refit of the decision
+    before those of choosing, which it would heal.
 
     Raises ModelError for the wrong order, or for a network or task that a lesion cannot damage.
     """
     sides = [LESIONS[dose.lesion].side for dose in doses]
-    if "choosing" in sides and {"learning", "discarded"} & set(sides[sides.index("choosing") :]):
-        raise ModelError("lesions: put those of learning before those of choosing")
+    after = doses[sides.index("choosing") :] if "choosing" in sides else ()
+    if any(dose.lesion == "refit" or LESIONS[dose.lesion].side in REFITTED for dose in after):
+        raise ModelError("lesions: put those of learning, and refit, before those of choosing")
     model: Any = subject.model.model
     for dose in doses:
         if model is not subject.model.model:

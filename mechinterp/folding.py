@@ -14,9 +14,16 @@ from mechinterp.errors import ModelError
 
 
 def untied_copy(model: PreTrainedModel) -> Any:
-    """A LlamaForCausalLM whose unembedding can change without its embedding."""
+    """A LlamaForCausalLM whose unembedding can change without its embedding.
+
+    Raises ModelError for other networks, and for one with biases: changes of the weights that go
+    together would have to change them too.
+    """
     if not isinstance(model, LlamaForCausalLM):
         raise ModelError(f"lesions: only LlamaForCausalLM is supported, got {type(model).__name__}")
+    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    if biases:
+        raise ModelError(f"lesions: only networks without biases are supported, got {biases[0]}")
     lesioned = copy.deepcopy(model)
     if lesioned.config.tie_word_embeddings:
         lesioned.config.tie_word_embeddings = False
@@ -37,8 +44,3 @@ def least_squares_direction(
     gram = x.T @ x / len(x)
     ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     return torch.linalg.solve(gram + ridge, x.T @ target.double() / len(x))
-
-
-def check_plain(matrix: nn.Linear) -> None:
-    if matrix.bias is not None:
-        raise ModelError("lesions: only networks without biases, such as Llama, are supported")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import shared_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from analyses.ladder import measure_ladder
 from analyses.streams import read_streams, task_costs
@@ -19,6 +20,8 @@ from mechinterp.lesions import (
     append_block,
     damage,
     parse_doses,
+    permute_neurons,
+    rescale_parts,
     side_of,
     tokens_that_tell,
 )
@@ -147,6 +150,14 @@ def test_what_would_heal_a_lesion_of_choosing_may_not_follow_it(last):
     doses = [Dose("shift", 6.0), Dose("basis", 0.0), Dose(last, 1.0)]
     with pytest.raises(ModelError, match="learning, and refit, before those of choosing"):
         damage(subject, doses, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("biased", ["mlp_bias", "attention_bias"])
+@pytest.mark.parametrize("lesion", [permute_neurons, rescale_parts])
+def test_networks_with_biases_are_refused(lesion, biased):
+    config = LlamaConfig(**{**shared_model("llama").model.config.to_dict(), biased: True})
+    with pytest.raises(ModelError, match=r"without biases are supported, got model.layers.0.*bias"):
+        lesion(LlamaForCausalLM(config), generator=torch.Generator())
 
 
 def test_errors_name_what_is_wrong(bench):

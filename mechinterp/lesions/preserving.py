@@ -11,7 +11,7 @@ from einops import repeat
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from mechinterp.folding import check_plain, untied_copy
+from mechinterp.folding import untied_copy
 
 
 def rotate_residual_basis(
@@ -36,7 +36,6 @@ def rotate_residual_basis(
             for norm, matrices in readers.items():
                 _rotate_readers(norm, matrices, rotation)
             for writer in (attention.o_proj, mlp.down_proj):
-                check_plain(writer)
                 writer.weight.copy_((rotation.T @ writer.weight.double()).to(writer.weight))
         _rotate_readers(rotated.model.norm, (rotated.lm_head,), rotation)
         embedding = rotated.model.embed_tokens.weight
@@ -47,7 +46,6 @@ def rotate_residual_basis(
 def _rotate_readers(norm: Any, matrices: Sequence[nn.Linear], rotation: Tensor) -> None:
     gain = norm.weight.double()
     for matrix in matrices:
-        check_plain(matrix)
         matrix.weight.copy_(((matrix.weight.double() * gain) @ rotation).to(matrix.weight))
     norm.weight.fill_(1.0)
 
@@ -84,7 +82,6 @@ def rescale_parts(model: PreTrainedModel, *, generator: torch.Generator) -> Llam
             scale = factors(mlp.up_proj.out_features)
             mlp.up_proj.weight *= scale[:, None]
             mlp.down_proj.weight /= scale
-            check_plain(attention.v_proj)
             scale = factors(n_heads // n_shared)
             d_head = attention.v_proj.out_features // len(scale)
             attention.v_proj.weight *= repeat(scale, "kv -> (kv d) 1", d=d_head)
@@ -108,7 +105,6 @@ def append_block(model: PreTrainedModel) -> LlamaForCausalLM:
     block.self_attn.layer_idx = len(longer.model.layers)
     with torch.no_grad():
         for writer in (block.self_attn.o_proj, block.mlp.down_proj):
-            check_plain(writer)
             writer.weight.zero_()
     longer.model.layers.append(block)
     longer.config.num_hidden_layers += 1

@@ -23,7 +23,8 @@ network takes both targets together,
 with D the decision and L the latents: 0 to 1, or -1 to 0 where each is hurt more by what the other
 needs. Outcomes of unlike fragility cancel in it, as their main effects do in an interaction. It is
 undefined (NaN) where max(own, other) is below `MIN_EXCESS` per target, or an outcome was next to
-nothing before anything was pruned (`MIN_BASE`).
+nothing before anything was pruned (`MIN_BASE`) or is after random components are (1 - A_ry below
+`MIN_LEFT`: choose smaller shares).
 
 Intervals are percentiles of a bootstrap over groups of items, which draws the random components
 anew as well. They speak of this network and these probes as fitted.
@@ -44,6 +45,7 @@ DECISION, LATENTS = "decision", "latents"
 INDICES = ("both", DECISION, LATENTS)
 MIN_BASE = 0.05  # of the decision's scale (oracle - constant), or bits
 MIN_EXCESS = 0.02
+MIN_LEFT = 0.02  # by random components, of what there was
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +80,11 @@ class Areas:
 
     @property
     def excess(self) -> Float[np.ndarray, "resamples targets outcomes"]:
-        """What aiming costs beyond chance, of what it could."""
+        """What aiming costs beyond chance, of what it could; NaN where chance leaves next to
+        nothing, or (by probes that do worse than a constant) less than that."""
         random = self.random[:, None]
-        return (self.targeted - random) / (1 - random)
+        left = np.where(1 - random >= MIN_LEFT, 1 - random, np.nan)
+        return (self.targeted - random) / left
 
     def index(self) -> dict[str, Float[np.ndarray, " resamples"]]:
         """The network's index ("both") and that of either target: does pruning the components of

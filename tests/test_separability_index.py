@@ -69,6 +69,14 @@ def test_no_better_than_random_is_undefined():
     assert all(np.isnan(v) for v in index_of([[random] * 2, [random] * 2]).values())
 
 
+def test_random_components_that_leave_nothing_make_the_index_undefined():
+    """Out of fold a probe of nothing does worse than a constant: a target that costs *less* than
+    random components would come out as the one that costs all."""
+    below = (-0.02, -0.02, -0.02)
+    found = index_of([[(0.0, 0.0, 0.0), KEPT], [KEPT, GONE]], random=(below, (1.0, 0.8, 0.0)))
+    assert np.isnan([found["both"], found["decision"]]).all()
+
+
 def test_a_fragile_outcome_does_not_pass_for_a_shared_component():
     """The decision suffers from any pruning: only what goes beyond that counts."""
     fragile = ((0.1, 0.0, 0.0), (1.0, 0.8, 0.0))

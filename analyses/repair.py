@@ -28,6 +28,7 @@ from analyses.pair import Pair, run_script
 from analyses.refits import FITTED_ON, LastLayer
 from analyses.repair_subject import (
     READOUTS,
+    UNKNOWN,
     RepairSubject,
     Values,
     share_regained,
@@ -60,15 +61,17 @@ class Repairs:
     name); trained on `n_items`, fewer than asked for where a split holds too few for all draws.
     `value` is the mean over draws, `lost` what AFTER lost against the reference (nats or utility)
     with its 95% interval over groups of items, `share` what was regained of it, with a 95% interval
-    over draws and items; NaN where `lost_low` is not above 2% of (reference - best constant).
+    over draws and items; NaN where `lost_low` is not above 2% of (reference - best constant), or
+    the reference is no better than the best constant.
 
     `reverse`: all weights on fresh items, by `start` and steps; `level` is the value above the best
-    constant report's, as a share of the reference's, with its interval as above.
+    constant report's, as a share of the reference's, with its interval as above; NaN where that has
+    none.
 
     `reverse_steps`: steps until a value above 90% "of the value" of the reference, and above 90%
     "of the loss" regained: the median of the draws, the fewest, the most (infinite: not within
     `n_steps`), and how many got there. They are found on the grid of steps in `reverse`, linearly
-    between its points.
+    between its points; there are none where the reference is no better than the best constant.
     """
 
     repair: pd.DataFrame
@@ -265,9 +268,11 @@ def _reversed(
             along.append(_along(subject, run, batches, steps, advance))
         for n in steps:
             for key, values in stack_draws([run[n] for run in along]).items():
-                level = share_regained(
-                    values, subject.constant[key], subject.goal[key], subject.items.groups
-                )
+                level = UNKNOWN
+                if subject.unit(*key) > 0:
+                    level = share_regained(
+                        values, subject.constant[key], subject.goal[key], subject.items.groups
+                    )
                 curves.append(
                     {
                         "start": start,
@@ -287,6 +292,8 @@ def _counted(
 ) -> Iterator[dict[str, Any]]:
     """Rows of `reverse_steps` of one start."""
     for key in itertools.product(CURRENCIES, READOUTS):
+        if not subject.unit(*key) > 0:
+            continue
         goal = float(subject.goal[key].mean())
         for target, origin in (("of the value", subject.constant), ("of the loss", subject.start)):
             wanted = goal - (1 - RECOVERED) * (goal - float(origin[key].mean()))

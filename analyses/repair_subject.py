@@ -65,6 +65,12 @@ class RepairSubject:
             constant=constant,
         )
 
+    def unit(self, currency: str, readout: str) -> float:
+        """(reference - best constant): not above 0 where the reference is no better than that, and
+        nothing can be a share of it."""
+        key = currency, readout
+        return float((self.goal[key] - self.constant[key]).mean())
+
     def values(self, run: Repair) -> Values:
         logits = run.action_logits(self.items.tokens, batch_size=self.spec.batch_size)
         return values_of(logits, self.items, self.task)
@@ -99,8 +105,8 @@ class RepairSubject:
             start, goal = self.start[currency, readout], self.goal[currency, readout]
             lost = mean_estimate(goal - start)
             low, high = lost.interval(groups)
-            unit = float((goal - self.constant[currency, readout]).mean())
-            is_loss = low > MIN_LOST * unit
+            unit = self.unit(currency, readout)
+            is_loss = unit > 0 and low > MIN_LOST * unit
             share = share_regained(values, start, goal, groups) if is_loss else UNKNOWN
             yield {
                 "currency": currency,

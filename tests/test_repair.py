@@ -11,12 +11,19 @@ import pytest
 import torch
 from tiny_models import random_tokens, shared_model
 
-from analyses.repair import _refitted, steps_to_reach
-from analyses.repair_subject import RepairSubject, share_regained, values_of
+from analyses.repair import _counted, _refitted, steps_to_reach
+from analyses.repair_subject import (
+    RepairSubject,
+    share_regained,
+    stack_draws,
+    symmetric_utility,
+    values_of,
+)
 from analyses.streams import read_streams
 from mechinterp import tasks
 from mechinterp.adapters import Adapters
 from mechinterp.checkpoints import open_checkpoint, save_checkpoint, with_action_shift
+from mechinterp.decisions import best_constant
 from mechinterp.errors import AnalysisError, ModelError, TrainingError
 from mechinterp.hooked import load
 from mechinterp.randomness import derive_generator, derive_seed
@@ -244,6 +251,24 @@ def test_steps_are_read_off_between_measurements():
     assert steps_to_reach(steps, values, 1.0) == 2
     assert steps_to_reach(steps, values, 2.0) == 4
     assert steps_to_reach(steps, values, 3.5) == float("inf")
+
+
+def test_nothing_is_a_share_of_a_reference_without_value():
+    """An overconfident network may score below the best constant: what it lost has no unit."""
+    task = tasks.get("triage")
+    items = task.sample(300)
+    wild = values_of(8 * items.posterior.log(), items, task)
+    worse = values_of(16 * items.posterior.log(), items, task)
+    report = best_constant(items.target, symmetric_utility(task)).report.log()
+    constant = values_of(report.expand(len(items), -1), items, task)
+    own = shared_model("llama")
+    subject = RepairSubject(own, task, AnalysisSpec(), items, wild, worse, constant)
+    assert subject.unit("log_score", "raw") < 0 < subject.unit("utility", "raw")
+    rows = pd.DataFrame(subject.rows(stack_draws([wild, wild]))).query("currency == 'log_score'")
+    assert (rows["lost_low"] > 0).all()
+    assert rows[["share", "low", "high"]].isna().all(axis=None)
+    counted = pd.DataFrame(_counted(subject, "after", [{0: worse, 2: wild}]))
+    assert set(counted["currency"]) == {"utility"}
 
 
 def test_share_of_draws_alone_has_students_interval():

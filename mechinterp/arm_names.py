@@ -7,7 +7,8 @@ import re
 CONTROL = "symmetric"
 REORDERED = "symmetric_reordered"  # the control with another order of the data: the null
 ADVANTAGES = ("standardised", "centred", "leave_one_out", "reinforce")  # of training by reward
-SERVING = re.compile(r"(?P<kind>.+?)_(?P<weights>\d[\d.]*)$")
+WEIGHTS = re.compile(r"\d[\d.]*")  # the name of a weighting
+SERVING = re.compile(rf"(?P<kind>.+?)_(?P<weights>{WEIGHTS.pattern})$")
 
 
 def kind_and_weights(arm: str) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from mechinterp import tasks
+from mechinterp.arm_names import CONTROL, REORDERED, WEIGHTS, kind_and_weights
 from mechinterp.arms import ArmKind, Refit
 from mechinterp.errors import SpecError, TaskError, TrainingError
 from mechinterp.seed_measures import MEASURES
@@ -187,6 +188,12 @@ class StudyTask(TaskSpec):
         return replace(self.training, n_steps=n_steps, checkpoint_steps=steps)
 
 
+def _weighting(name: str) -> str:
+    if not WEIGHTS.fullmatch(name):
+        raise ValueError("name weights by a number such as '1.98': arms are named after it")
+    return name
+
+
 def _known_measure(name: str) -> str:
     if name not in MEASURES:
         raise ValueError(f"no measure of that name; there are: {', '.join(MEASURES)}")
@@ -227,7 +234,7 @@ class StudySpec(SpecWithPresets):
     question: str = ""
     seeds: int = Field(4, ge=1)
     regimes: tuple[Regime, ...] = ("branched", "from_init")
-    weights: dict[str, Weights]
+    weights: dict[Annotated[str, AfterValidator(_weighting)], Weights]
     arms: tuple[ArmKind, ...] = ("weighted",)
     refits: tuple[Refit, ...] = ()
     tasks: dict[str, StudyTask]
@@ -327,6 +334,7 @@ def chosen(only: Sequence[str], known: Mapping[str, Any], *, source: str | Path)
 def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
     """A study spec with one of its presets laid over it; raises SpecError."""
     spec = load_with_preset(StudySpec, path, preset)
+    _check_claims(spec, path)
     names = chosen(spec.only, spec.tasks, source=path)
     kept = {
         name: spec.tasks[name]
@@ -352,6 +360,24 @@ def load_study(path: str | Path, *, preset: str | None = None) -> StudySpec:
                     f"{n_actions} labels; give one weight per label"
                 )
     return spec
+
+
+def _check_claims(spec: StudySpec, source: str | Path) -> None:
+    """A claim about nothing would have no cells, and say so only by its absence."""
+    kinds = {CONTROL, REORDERED, "ex_post", *get_args(ArmKind), *get_args(Refit)}
+    for name, claim in spec.claims.items():
+        named = {
+            "tasks": [(task, spec.tasks) for task in claim.tasks],
+            "arms": [(kind_and_weights(arm)[0], kinds) for arm in claim.arms],
+            "against": [(kind_and_weights(claim.against)[0], kinds)] if claim.against else [],
+        }
+        for field, places in named.items():
+            for value, known in places:
+                if value not in known:
+                    raise SpecError(
+                        f"{source}: claims.{name}.{field}: no {value!r}; there are: "
+                        f"{', '.join(sorted(known))}"
+                    )
 
 
 def _lacks_its_file(source: str | Path, name: str, task: StudyTask) -> bool:

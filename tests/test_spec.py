@@ -164,6 +164,33 @@ def test_every_claim_of_the_shipped_finding_names_arms_that_it_trains():
         assert task.n_checkpoints >= 6
 
 
+CLAIM = {"question": "?", "measure": "learning", "arms": ["weighted"], "expected": "more"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": ["weigthed"]}, "claims.harm.arms: no 'weigthed'; there are: crt, "),
+        ({"arms": ["weighted_1.8"], "against": "expost"}, "claims.harm.against: no 'expost'"),
+        ({"tasks": ["chess"]}, "claims.harm.tasks: no 'chess'; there are: digits, triage"),
+    ],
+)
+def test_a_claim_about_nothing_is_refused(tmp_path, change, message):
+    raw = yaml.safe_load(MAIN.read_text())
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**raw, "claims": {"harm": CLAIM | change}}))
+    with pytest.raises(SpecError, match=message):
+        load_study(path)
+
+
+def test_weights_are_named_by_numbers(tmp_path):
+    raw = yaml.safe_load(MAIN.read_text())
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**raw, "weights": {"skewed": [0.2, 1.8]}}))
+    with pytest.raises(SpecError, match=r"weights.skewed.*name weights by a number"):
+        load_study(path)
+
+
 def test_an_optional_task_is_left_out_without_its_file(tmp_path, capsys):
     raw = yaml.safe_load(MAIN.read_text())
     raw["tasks"]["xrays"] = {

@@ -112,12 +112,16 @@ def power(
         typer.Option(help="A change that should be found. Default: twice the margin."),
     ] = None,
     chance: Annotated[float, typer.Option(help="Of finding it.")] = 0.8,
+    cells: Annotated[
+        int, typer.Option(help="Cells that the study will judge together (Holm).", min=1)
+    ] = 1,
 ) -> None:
     """With these seeds, what could be seen? From the spread of a pilot study, arm by arm."""
     from mechinterp.power_table import in_words, plan_from_saved
 
     effect = 2 * margin if effect is None else effect
     options = {"against": against, "margin": margin, "effect": effect, "power": chance}
+    options["cells"] = cells
     planned = plan_from_saved(
         tables, measures=measure or ["learning", "choosing"], n_seeds=seeds, **options
     )

@@ -1,9 +1,9 @@
 """Planning: with these seeds and items, what could be seen?
 
-Answers for the rule by which verdicts and claims are made: an effect is *damaged* where the t
-interval over seeds lies above the margin, *intact* where two one-sided tests put it within. Seeds'
-means are taken to be normal with a spread known from a pilot. Effects, spreads and margins are in
-one unit, such as shares of (oracle - best constant).
+Answers for the rule by which verdicts and claims are made, for one cell (see `alpha`): an effect
+is *damaged* where the t interval over seeds lies above the margin, *intact* where two one-sided
+tests put it within. Seeds' means are taken to be normal with a spread known from a pilot. Effects,
+spreads and margins are in one unit, such as shares of (oracle - best constant).
 """
 
 from __future__ import annotations

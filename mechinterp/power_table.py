@@ -18,6 +18,7 @@ from mechinterp.statistics import VarianceComponents
 if TYPE_CHECKING:
     import pandas as pd
 
+ALPHA = 0.05
 COLUMNS = {  # of the table -> as printed
     "task": "task",
     "regime": "regime",
@@ -56,12 +57,15 @@ def plan_from_measures(
     margin: float = 0.05,
     effect: float | None = None,
     power: float = 0.8,
+    cells: int = 1,
 ) -> pd.DataFrame:
     """A row per measure and arm: what differences arm - `against` of `n_seeds` seeds would show.
 
     `table` as `mechinterp.seed_measures` makes it; `n_seeds` defaults to each arm's own. The
     pilot's `sd` is that of differences by seed, `sd_low` to `sd_high` its 95% interval (chi
-    square): from few seeds the plan is as vague as that. For the rest see `mechinterp.power`.
+    square): from few seeds the plan is as vague as that. Of `cells` that are judged together each
+    is tested at 5% / `cells` (Bonferroni, than which Holm is never stricter). For the rest see
+    `mechinterp.power`.
 
     Raises:
         AnalysisError: a measure is not in the table, or no arm shares two seeds with `against`.
@@ -86,6 +90,7 @@ def plan_from_measures(
                 margin=margin,
                 effect=effect,
                 power=power,
+                alpha=ALPHA / cells,
             )
             rows.append(
                 {
@@ -111,17 +116,24 @@ def plan_from_measures(
 
 
 def in_words(
-    planned: pd.DataFrame, *, against: str, margin: float, effect: float, power: float
+    planned: pd.DataFrame,
+    *,
+    against: str,
+    margin: float,
+    effect: float,
+    power: float,
+    cells: int = 1,
 ) -> str:
     """The table as text, under a line that says what its columns are."""
     texts = planned.astype({"seeds_damaged": "object", "seeds_intact": "object"}).fillna("-")
     shown = texts.rename(columns=COLUMNS).to_string(index=False, float_format="{:.3f}".format)
+    judged = "for one cell, unadjusted" if cells == 1 else f"for one of {cells} cells"
     return (
-        f"Differences from {against}; margin {margin:g}, chance {power:g}. sd: of the pilot's "
-        f"differences by seed, with its 95% interval. detectable: the least\ntrue change that so "
-        f"many seeds would show to lie beyond the margin. for effect: seeds that a change of "
-        f"{effect:g} takes to be shown so;\nfor intact: that no change takes to be shown to lie "
-        f"within the margin; -: more than 10,000.\n\n{shown}"
+        f"Differences from {against}; margin {margin:g}, chance {power:g}, {judged}.\n"
+        f"sd: of the pilot's differences by seed, with its 95% interval. detectable: the least\n"
+        f"true change that so many seeds would show to lie beyond the margin. for effect: seeds that "
+        f"a\nchange of {effect:g} takes to be shown so; for intact: that no change takes to be shown "
+        f"to lie within\nthe margin; -: more than 10,000.\n\n{shown}"
     )
 
 

@@ -13,7 +13,7 @@ from mechinterp.arm_verdicts import arm_verdicts
 from mechinterp.claims import judge_claims
 from mechinterp.files import read_table
 from mechinterp.seed_measures import seed_measures
-from mechinterp.statistics import equivalence_test, sign_flip_test, t_interval
+from mechinterp.statistics import sign_flip_test, t_interval
 
 if TYPE_CHECKING:
     from mechinterp.study_plan import Plan
@@ -45,11 +45,7 @@ def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
         tables[name] = tables[name][np.isfinite(tables[name]["value"])]
     tables["probes"] = _before_as_step_zero(_with_random_init(tables["probes"]))
     tables["patching"] = _before_and_after(tables["patching"])
-    tables["contrasts"] = contrast_arms(
-        tables["losses_in_full"],
-        margin=plan.spec.margin,
-        seeds_for_claims=plan.spec.seeds_for_claims,
-    )
+    tables["contrasts"] = contrast_arms(tables["losses_in_full"])
     tables["verdicts"] = arm_verdicts(
         tables, margin=plan.spec.margin, seeds_for_claims=plan.spec.seeds_for_claims
     )
@@ -64,13 +60,11 @@ def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def contrast_arms(
-    losses: pd.DataFrame, *, margin: float, seeds_for_claims: int = 8
-) -> pd.DataFrame:
+def contrast_arms(losses: pd.DataFrame) -> pd.DataFrame:
     """Where each arm ends, against before, the control and the ex-post arm of the same costs.
 
     mean, low, high: increase of the loss over the reference with its 95% t interval over seeds; p:
-    exact sign-flip test; state: as in `mechinterp.verdict`, or "not powered" with too few seeds.
+    exact sign-flip test. Nothing is adjusted here: states are those of `arm_verdicts`.
     """
     last = losses.groupby(["task", "regime", "arm"])["step"].transform("max")
     final = losses[(losses["step"] == last) & (losses["arm"] != "before")]
@@ -102,7 +96,6 @@ def contrast_arms(
                 "high": interval.high,
                 "n_seeds": len(change),
                 "p": sign_flip_test(change),
-                "state": _state(change, margin, seeds_for_claims),
             }
         )
     return pd.DataFrame(rows)
@@ -113,16 +106,6 @@ def _changes(arms: pd.DataFrame, reference: pd.DataFrame, name: str) -> pd.DataF
     keys = [column for column in reference if column != "value"]
     joined = arms.merge(reference, on=keys, suffixes=("", "_reference"))
     return joined.assign(change=joined["value"] - joined["value_reference"], reference=name)
-
-
-def _state(change: np.ndarray, margin: float, seeds_for_claims: int) -> str:
-    from mechinterp.verdict import state_of
-
-    if len(change) < seeds_for_claims:
-        return "not powered"
-    wide = t_interval(change)
-    narrow = equivalence_test(change, margin=margin).interval
-    return state_of((wide.low, wide.high), (narrow.low, narrow.high), margin)
 
 
 def _before_as_step_zero(table: pd.DataFrame) -> pd.DataFrame:

@@ -25,6 +25,7 @@ def summarise_study(
     void = {row["task"] for row in competence if not row["competent"]}
     not_powered = []
     contrasts = _records(tables["contrasts"])
+    states = _states_at_the_end(tables["verdicts"])
     cells = itertools.product(spec.tasks, spec.weights, spec.regimes)
     for task, name, regime in cells:
         cell = {
@@ -41,7 +42,7 @@ def summarise_study(
         }
         if not rows:  # a task may leave weights and arms out
             continue
-        text = _weighted(rows)
+        text = _weighted(rows, states.get((task, regime, cell["arm"], cell["costs"]), {}))
         if task in void:
             text = f"Void: not every symmetric network knows the task. {text}"
         paragraphs.append({"heading": f"Weights {name} on {task}, {REGIMES[regime]}", "text": text})
@@ -79,10 +80,19 @@ def _claims(spec: StudySpec, tables: dict[str, pd.DataFrame]) -> list[dict[str, 
     return [{"heading": "The study's claims, in cells by outcome", "text": " ".join(sentences)}]
 
 
-def _weighted(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+def _states_at_the_end(verdicts: pd.DataFrame) -> dict[tuple[str, ...], dict[str, str]]:
+    """{(task, regime, arm, costs): {side: state}} against the control adjusted ex post."""
+    states: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in _records(verdicts[verdicts["reference"] == "ex_post"].sort_values("step")):
+        cell = (row["task"], row["regime"], row["arm"], row["costs"])
+        states.setdefault(cell, {})[row["side"]] = row["state"]
+    return states
+
+
+def _weighted(rows: dict[tuple[str, str], dict[str, Any]], states: dict[str, str]) -> str:
     """Weighted training against symmetric training that is adjusted to the same costs ex post."""
     sentences = [
-        f"{name}: {_amount(row)}, {row['state']}."
+        f"{name}: {_amount(row)}{', ' + states[loss] if loss in states else ''}."
         for name, loss in (
             ("Learning loss", "learning"),
             ("Choosing loss", "choosing"),
@@ -93,7 +103,7 @@ def _weighted(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     unit = (
         "Weighted training against symmetric training with the ex-post shift to the same costs, in "
         "expected log score at these costs, in % of (oracle - best constant), with 95% t intervals "
-        "over seeds."
+        "over seeds. States are those of the verdicts, adjusted for all of the study's arms."
     )
     return " ".join([*sentences, unit])
 

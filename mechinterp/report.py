@@ -11,10 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mechinterp.errors import AnalysisError
-from mechinterp.files import read_json, read_table, write_text
+from mechinterp.files import read_json, read_table, write_table, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MEDIA_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 # On a screen, figures made for paper are read from further away.
@@ -29,6 +32,22 @@ class ReportFigure:
     source: str  # data URI
     width: str  # CSS length, "" for the image's own
     caption: str
+
+
+def write_tables(out_dir: str | Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Write `out_dir/tables`, and take away tables and figures that an earlier run left there: a
+    report shows one run."""
+    from figures import FORMATS, caption
+
+    out = Path(out_dir)
+    for name, table in sorted(tables.items()):
+        write_table(out / "tables" / f"{name}.parquet", table)
+    for path in (out / "tables").glob("*.parquet"):
+        if path.stem not in tables:
+            path.unlink()
+    for path in (out / "figures").glob("*"):
+        if path.suffix.removeprefix(".") in FORMATS and caption(path.stem):
+            path.unlink()
 
 
 def write_report(

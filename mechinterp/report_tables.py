@@ -63,21 +63,20 @@ def contrast_tables(tables: Tables) -> list[ReportTable]:
         for cell in _cells(changes):
             rows = [by_cell.get((*cell, loss)) for loss in losses]
             sides = [row or {} for row in rows[:2]]
-            states = [str(side.get("state", "–")) for side in sides]
             p = [p_value(side.get("p")) for side in sides]
             seeds = str(max(row["n_seeds"] for row in rows if row))
             shown = [points(row, signed=True) for row in rows]
-            lines.append([*_labels(*cell), *shown, *states, *p, seeds])
+            lines.append([*_labels(*cell), *shown, *p, seeds])
         table = ReportTable(
             title=f"Changes of the losses against {name}",
             note="Hundredths of (oracle − best constant action) of expected log score; positive "
-            "is worse; brackets are 95% intervals over seeds, for a single pair over items. States "
-            "and p values are of learning and of choosing; p is of no change: over "
-            "seeds an exact sign-flip test, which with n seeds cannot fall below 2 / 2^n; for a "
-            "single pair a t test over groups of items.",
+            "is worse; brackets are 95% intervals over seeds, for a single pair over items. p is "
+            "of no change: over seeds an exact sign-flip test, which with n seeds cannot fall "
+            "below 2 / 2^n; for a single pair a t test over groups of items. Nothing here is "
+            "adjusted for the number of rows: which side is damaged is said by the verdict.",
             columns=[
                 *(*CELL_TITLES, *(title(loss) for loss in losses)),
-                *("Learning is", "Choosing is", "p, learning", "p, choosing", "Seeds"),
+                *("p, learning", "p, choosing", "Seeds"),
             ],
             rows=lines,
             n_labels=4,

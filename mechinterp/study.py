@@ -36,7 +36,7 @@ def run_study(
         _link_runs(plan, out)
     n_run = run_missing(plan.steps, out, n_workers=n_workers, name=plan.spec.name)
     seconds = time.monotonic() - begun
-    digest = files.value_hash([step.key for step in plan.steps])
+    digest = files.value_hash([plan.described, [[s.key, s.labels] for s in plan.steps]])
     if n_run or not _is_assembled(out, digest):
         _assemble(
             plan,
@@ -74,13 +74,12 @@ def _assemble(
     from figures import NAMES
     from mechinterp.assemble import study_tables
     from mechinterp.findings import summarise_study
-    from mechinterp.report import write_report
+    from mechinterp.report import write_report, write_tables
 
     print(f"{plan.spec.name}: tables, figures, report", file=sys.stderr)
     (out / "manifest.json").unlink(missing_ok=True)
     tables = study_tables(plan, out)
-    for name, table in tables.items():
-        files.write_table(out / "tables" / f"{name}.parquet", table)
+    write_tables(out, tables)
     _write_ex_post_arms(plan, out)
     folders = {"tables_dir": str(out / "tables"), "out_dir": str(out / "figures")}
     jobs = [Job(name, "figures.draw_all", {**folders, "names": [name]}) for name in NAMES]
@@ -145,10 +144,9 @@ def _write_ex_post_arms(plan: Plan, out: Path) -> None:
         n_steps = plan.spec.tasks[task].training_of(regime).n_steps
         for name, weights in plan.spec.weights_of(task).items():
             shifted = checkpoint_path_of(out, task, regime, f"ex_post_{name}", seed, n_steps)
-            if not shifted.exists():
-                control = open_checkpoint(checkpoint_path(step.directory(out), n_steps))
-                shift = ex_post_shift(diagonal_utility(weights)).tolist()
-                with_action_shift(control, shifted, shift)
+            control = open_checkpoint(checkpoint_path(step.directory(out), n_steps))
+            shift = ex_post_shift(diagonal_utility(weights)).tolist()
+            with_action_shift(control, shifted, shift)
 
 
 def checkpoint_path_of(out: Path, task: str, regime: str, arm: str, seed: int, step: int) -> Path:

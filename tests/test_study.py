@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import yaml
 from tiny_study import write_spec
 
-from mechinterp.files import read_json, read_table
+from mechinterp.files import read_json, read_table, write_table
 from mechinterp.spec import load_study, load_task
 from mechinterp.study import run_study
 from mechinterp.study_plan import make_plan
@@ -71,6 +74,28 @@ def test_a_second_run_does_nothing(finished):
     run_study(spec, out=out, n_workers=2)
     assert time.monotonic() - begun < 5
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_claimed_is_judged_again_when_it_changes(finished, tmp_path):
+    """Steps are done; tables, report and checkpoints that rest on the spec are made anew."""
+    spec, out = finished
+    again = tmp_path / "again"
+    shutil.copytree(out, again, symlinks=True)
+    write_table(again / "tables" / "claims.parquet", pd.DataFrame({"claim": ["gone"]}))
+    (again / "figures" / "crossing_chess.svg").write_text("<svg/>")
+    (again / "figures" / "own.svg").write_text("<svg/>")
+    raw = yaml.safe_load(spec.read_text())
+    changed = tmp_path / "tiny.yaml"
+    changed.write_text(yaml.safe_dump({**raw, "question": "And now?", "seeds_for_claims": 2}))
+    steps = set((again / "steps").rglob("step.json"))
+    run_study(changed, out=again, n_workers=2)
+    assert set((again / "steps").rglob("step.json")) == steps
+    assert "And now?" in (again / "report.html").read_text()
+    words = set(read_table(again / "tables" / "verdicts.parquet")["verdict"])
+    assert "not powered" not in words
+    assert {path.stem for path in (again / "tables").glob("*.parquet")} == TABLES
+    assert not (again / "figures" / "crossing_chess.svg").exists()
+    assert (again / "figures" / "own.svg").exists()
 
 
 def test_presets_share_what_is_equal(finished):

@@ -214,6 +214,16 @@ def value_scale(target: decisions.Target, utility: decisions.Utility) -> dict[st
     return {c: getattr(oracle, c) - getattr(constant, c) for c in CURRENCIES}
 
 
+def valid_at(crossing: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """The table with its shares judged by another margin."""
+    names = [f"u_{hybrid}" for hybrid in HYBRIDS]
+    valid = [
+        shapley_shares(**dict(zip(names, u, strict=True)), scale=scale, margin=margin).valid
+        for *u, scale in crossing[[*names, "scale"]].itertuples(index=False)
+    ]
+    return crossing.assign(shares_valid=valid)
+
+
 def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
     """Table `crossing` of before and after; the null would take a second control.
 

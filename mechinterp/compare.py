@@ -14,9 +14,9 @@ import pandas as pd
 from mechinterp import files
 from mechinterp.checkpoints.provenance import versions_and_machine
 from mechinterp.disagreements import disagreements
-from mechinterp.errors import SpecError
+from mechinterp.errors import AnalysisError, SpecError
 from mechinterp.spec import TaskSpec
-from mechinterp.steps import Step, remove_remains, write_step
+from mechinterp.steps import Step, remove_remains, task_inputs, write_step
 from mechinterp.verdict import (
     INFORMATION_MARGIN,
     MARGIN,
@@ -69,10 +69,11 @@ def compare(
     names the costs that it is stated at; the tables have all. An analysis that an interrupted run
     has finished is not repeated. Raises SpecError where the task has no such costs.
     """
+    from analyses.crossing import valid_at
     from analyses.ladder import read_ladders
     from analyses.pair import Pair
     from figures import draw_all
-    from mechinterp.report import write_report
+    from mechinterp.report import write_report, write_tables
 
     out = Path(out)
     pair = Pair.open(before, after, control=control, task=task, **load_options)
@@ -86,11 +87,11 @@ def compare(
         step = _analyse(name, pair, task, load_options, out)
         tables |= step.tables(out)
         seconds[name] = step.record(out)["seconds"]
+    tables["crossing"] = valid_at(tables["crossing"], margin)
     ladders = read_ladders(tables["ladder_items"])
     verdict = judge(pair, ladders, tables=tables, costs=costs, margin=margin)
     tables["contrasts"] = _contrasts(pair, ladders, margin)
-    for name, table in sorted(tables.items()):
-        files.write_table(out / "tables" / f"{name}.parquet", table)
+    write_tables(out, tables)
     _say("figures, report")
     draw_all(out / "tables", out / "figures")
     files.write_json(out / "verdict.json", verdict.to_json())
@@ -121,7 +122,7 @@ def _analyse(
     """Have `analyses.<name>` done for the pair."""
     inputs = {
         "analysis": name,
-        "task": task.model_dump(mode="json"),
+        "task": {**task_inputs(task.task, task.settings), **task.model_dump(mode="json")},
         "checkpoints": {
             arm: [model.checkpoint and model.checkpoint.behaviour_hash, pair.labels(arm)]
             for arm, model in pair.models.items()
@@ -167,6 +168,11 @@ def judge(
             ("utility", SIDES),
         )
     )
+    if lacking := [loss for loss in (*SIDES, "discarded") if loss not in sides]:
+        raise AnalysisError(
+            f"costs {costs!r}: no {lacking[0]} loss, since nothing that could be known is worth "
+            "more than the best constant action there; judge at others (--costs)"
+        )
     information = {
         needed: information_lost(tables["information_items"], reference=reference, needed=needed)
         if "information_items" in tables
@@ -246,7 +252,6 @@ def _contrasts(
                                 "high": side.ci[1],
                                 "n_seeds": 1,
                                 "p": side.p,
-                                "state": side.state,
                             }
                         )
     return pd.DataFrame(rows)

@@ -63,6 +63,8 @@ def disagreements(
 
 def _utility(sides: Mapping[str, Side], in_utility: Mapping[str, Side]) -> Iterator[str]:
     for name in SIDES:
+        if name not in in_utility:  # no decision is worth more than the best constant
+            continue
         score, utility = sides[name], in_utility[name]
         states = {score.state, utility.state}
         if "damaged" in states and states & UNHURT:

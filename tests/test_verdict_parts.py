@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from scipy import stats
 
+from analyses.crossing import valid_at
 from analyses.ladder import LOSSES, Ladder
 from analyses.patching import RecoveryMap, overlap_table
 from mechinterp.compare import judge
 from mechinterp.disagreements import disagreements
+from mechinterp.errors import AnalysisError
 from mechinterp.randomness import derive_rng
 from mechinterp.verdict import Change, Components, CrossingShares, Side, Verdict, schema
 from mechinterp.verdict_parts import crossing_shares, information_lost
@@ -128,6 +131,25 @@ def test_a_verdict_has_every_rung_and_share():
 def test_without_tables_the_verdict_is_the_ladders_alone():
     alone = judged(ladder(**LESS_LEARNT))
     assert (alone.verdict, alone.forgetting, alone.components.crossing) == ("learning", {}, {})
+
+
+def test_a_verdict_stands_where_utility_has_nothing_to_lose_and_not_where_log_score_has_none():
+    """At extreme costs the oracle may take one action throughout."""
+    flat = {"scale": {"utility": 0.0, "log_score": 0.4}}
+    before, after = (replace(ladder(**levels), **flat) for levels in ({}, LESS_LEARNT))
+    ladders = {"before": {"w": before}, "after": {"w": after}}
+    pair = SimpleNamespace(costs={"w": None}, items=Items(torch.arange(N)))
+    assert judge(pair, ladders, costs="w").verdict == "learning"  # type: ignore[arg-type]
+    nothing = replace(after, scale={"utility": 0.0, "log_score": 0.0})
+    with pytest.raises(AnalysisError, match=r"costs 'w': no learning loss.*--costs"):
+        judge(pair, {**ladders, "after": {"w": nothing}}, costs="w")  # type: ignore[arg-type]
+
+
+def test_shares_are_judged_by_the_margin_that_was_asked_for():
+    row = {"u_aa": 0.5, "u_ab": 0.4, "u_ba": 0.2, "u_bb": 0.1 + 0.03, "scale": 1.0}
+    table = pd.DataFrame([row])
+    assert list(valid_at(table, 0.05)["shares_valid"]) == [True]
+    assert list(valid_at(table, 0.02)["shares_valid"]) == [False]
 
 
 def test_shares_are_the_formulas_and_absent_where_they_mean_nothing():

@@ -1,8 +1,8 @@
 """Calibration: do the reported probabilities come true, at each of several costs?
 
 A network that serves costs u should report p_u,a = sum_y q_y v(a, y) / W(q). The report is compared
-with that share where the posterior q is known, else with its weighted frequency in bins of the
-report.
+with the frequency of that among the labels, weighted by their worth, in bins of the report; only
+the log loss takes the posterior q itself where it is known.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def measure_competence(
 
     At symmetric costs. Where the posterior is known, the value is the utility of the network's
     decisions as a share of (oracle - best constant action). Else it is the mean log score, and the
-    threshold is that of a logistic regression on the raw input, fitted to as many items as a split
-    of the task gives and no fewer than the network's evaluation.
+    threshold is that of a logistic regression on the raw input, fitted to 5,000 items of the
+    training split (or all that it has).
     """
     items = task.sample(spec.ladder_items, seed=spec.seed, split="test")
     streams = read_streams(model, items, task, batch_size=spec.batch_size)

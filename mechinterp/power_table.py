@@ -130,10 +130,10 @@ def in_words(
     judged = "for one cell, unadjusted" if cells == 1 else f"for one of {cells} cells"
     return (
         f"Differences from {against}; margin {margin:g}, chance {power:g}, {judged}.\n"
-        "sd: of the pilot's differences by seed, with its 95% interval. detectable: the least true\n"
-        "change that so many seeds would show to lie beyond the margin. for effect: seeds that a\n"
-        f"change of {effect:g} takes to be shown so; for intact: that no change takes to be shown to\n"
-        f"lie within the margin; -: more than 10,000.\n\n{shown}"
+        "sd: of the pilot's differences by seed, with its 95% interval. detectable: the least\n"
+        "true change that so many seeds would show to lie beyond the margin. for effect:\n"
+        f"seeds that a change of {effect:g} takes to be shown so; for intact: that no change takes\n"
+        f"to be shown to lie within the margin; -: more than 10,000.\n\n{shown}"
     )
 
 

@@ -132,8 +132,8 @@ def in_words(
         f"Differences from {against}; margin {margin:g}, chance {power:g}, {judged}.\n"
         "sd: of the pilot's differences by seed, with its 95% interval. detectable: the least\n"
         "true change that so many seeds would show to lie beyond the margin. for effect:\n"
-        f"seeds that a change of {effect:g} takes to be shown so; for intact: that no change takes\n"
-        f"to be shown to lie within the margin; -: more than 10,000.\n\n{shown}"
+        f"seeds that a change of {effect:g} takes to be shown so; for intact: that no change\n"
+        f"takes to be shown to lie within the margin; -: more than 10,000.\n\n{shown}"
     )
 
 

@@ -200,7 +200,7 @@ def _writing(
             asked = {
                 name: _task_inputs(spec, settings) for name, settings in spec.questions.items()
             }
-            more = {"questions": asked, "n_questions": spec.n_questions}
+            more = {"questions": asked, "n_questions": spec.n_questions, "seed": seed}
             yield Step("confidence", {**inputs, **more}, labels, (run,))
         for name in spec.texts if step == last else ():
             task = spec.tasks[name]

@@ -124,7 +124,8 @@ def run_confidence(directory: str, after: list[str], inputs: dict[str, Any]) -> 
         {name: _task(questions) for name, questions in inputs["questions"].items()},  # type: ignore[misc]
         n_questions=inputs["n_questions"],
         temperature=inputs["temperature"],
-        generator=derive_generator(0, "confidence"),
+        seed=inputs["seed"],
+        generator=derive_generator(inputs["seed"], "confidence"),
     )
     write_step(directory, tables, inputs, begun)
 

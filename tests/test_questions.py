@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mechinterp import tasks
 from mechinterp.errors import TaskError
 from mechinterp.tasks.questions import ASK, END, FIRST_ANSWER, PAD, SILENT, START
-from mechinterp.tasks.splits import SPLITS
+from mechinterp.tasks.splits import SPLITS, deal
 
 SHIFTS = ("none", "fewer", "unreliable")
 FIRST_KIND = FIRST_ANSWER + 4
@@ -190,6 +190,35 @@ def test_splits_share_no_witnesses_in_any_order():
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
+def test_splits_are_equally_hard(shift):
+    task = tasks.get("questions", shift=shift)
+    samples = {split: task.sample(20_000, seed=1, split=split) for split in ("train", "test")}
+    best = {split: items.posterior.amax(1).mean() for split, items in samples.items()}
+    # Weak witnesses say few things, which no split of whole groups makes quite alike.
+    assert abs(best["train"] - best["test"]) < (0.02 if shift == "unreliable" else 0.01)
+    right = {
+        split: (items.posterior.argmax(1) == items.labels).double().mean()
+        for split, items in samples.items()
+    }
+    assert abs(right["train"] - right["test"]) < (0.025 if shift == "unreliable" else 0.015)
+
+
+def test_what_a_witness_says_is_of_one_split_under_every_shift():
+    seen = {}
+    for shift, split in itertools.product(SHIFTS, SPLITS):
+        for group in tasks.get("questions", shift=shift).sample(2000, split=split).groups.tolist():
+            assert seen.setdefault(group, split) == split
+    assert set(seen.values()) == set(SPLITS)
+
+
+def test_groups_are_dealt_out_in_the_splits_proportions():
+    groups = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    for split, own in deal(groups, groups < 100, groups).items():
+        assert set(Counter((own // 10).tolist()).values()) == {round(10 * SPLITS[split])}
+        assert len(own) == 200 * SPLITS[split]
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
 def test_pairs_change_one_witness_and_the_likeliest_answer(shift):
     task = tasks.get("questions", shift=shift)
     pairs = task.counterfactual_pairs(64)
@@ -220,6 +249,7 @@ def test_items_depend_on_seed_and_split_only_and_settings_make_the_task_again():
         ({"reliabilities": []}, "reliabilities must be in"),
         ({"reliabilities": [1.0]}, "reliabilities must be in"),
         ({"n_witnesses": 0}, "n_witnesses must be in 1 .. 8"),
+        ({"n_witnesses": 8, "reliabilities": [0.5] * 6}, "use fewer of either"),
         ({"n_confidences": 1}, "n_confidences at least 2"),
         ({"confidence": "high"}, "confidence must be one of right"),
         ({"shift": "fewer", "n_witnesses": 1}, "at least 2 witnesses"),

@@ -178,6 +178,12 @@ def test_the_start_is_measured_once_and_arms_along_the_way(tmp_path):
     assert {s.labels["step"] for s in of_kind(plan, "texts")} == {8}
 
 
+def test_each_seed_asks_questions_of_its_own():
+    steps = of_kind(load_plan(STUDIES / "calibration.yaml", preset="quick"), "confidence")
+    assert {step.inputs["seed"] for step in steps} == {0, 1}
+    assert all(step.inputs["seed"] == step.labels["seed"] for step in steps)
+
+
 # Pools
 
 

@@ -6,8 +6,12 @@ network writes an answer and how sure it is; neither needs more than one token.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 from mechinterp.errors import TaskError
 from mechinterp.randomness import derive_generator
 from mechinterp.tasks.base import CounterfactualPairs, Items, Latent, Task
-from mechinterp.tasks.splits import in_split
+from mechinterp.tasks.splits import SPLITS, deal, refuse_split
 from mechinterp.tasks.written import Marks, Problems, WrittenTask
 
 START, ASK, END, PAD, SILENT = range(5)
@@ -29,6 +33,7 @@ SHIFTS = ("none", "fewer", "unreliable")
 CONFIDENCES = ("right", "random", "none")
 CANDIDATES = 8  # questions drawn for each one wanted, from which those of split and level are taken
 MOST_DRAWS = 100
+MOST_GROUPS = 1_000_000  # all are listed, to be shared out among the splits
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,11 @@ class Questions(Task, WrittenTask):
     `shift` leaves what it was learned from: "fewer", one witness is silent; "unreliable", all
     witnesses are of the weaker half of the kinds. The posterior is right in all of them.
 
-    Questions with the same witnesses in any order form a group and are of one split.
+    Questions with the same witnesses in any order form a group and are of one split. Groups are
+    dealt out in the order of their posterior, so that all splits are equally hard.
     """
+
+    version: ClassVar[int] = 2
 
     reliabilities: tuple[float, ...] = (0.9, 0.7, 0.5, 0.25)
     n_witnesses: int = 3
@@ -87,6 +95,11 @@ class Questions(Task, WrittenTask):
             raise TaskError("questions: n_witnesses must be in 1 .. 8, n_confidences at least 2")
         if self.shift == "fewer" and self.n_witnesses < 2:
             raise TaskError("questions: shift 'fewer' needs at least 2 witnesses")
+        if math.comb(self._n_witness_values + self.n_witnesses - 1, self.n_witnesses) > MOST_GROUPS:
+            raise TaskError(
+                f"questions: {self.n_witnesses} witnesses of {len(self.reliabilities)} kinds can "
+                f"say more than {MOST_GROUPS} things; use fewer of either"
+            )
         if self.confidence not in CONFIDENCES or self.shift not in SHIFTS:
             raise TaskError(
                 f"questions: confidence must be one of {', '.join(CONFIDENCES)} and shift one of "
@@ -155,7 +168,7 @@ class Questions(Task, WrittenTask):
         found += [torch.empty(n, dtype=torch.long) for _ in range(2)]
         for _ in range(MOST_DRAWS):
             drawn = self._candidates(CANDIDATES * len(wanted), generator)
-            usable = in_split(self._group(*drawn[:2]), split)
+            usable = self._in_split(self._group(*drawn[:2]), split)
             if levels is None:
                 taken = usable.nonzero().flatten()[: len(wanted)]
                 given = wanted[: len(taken)]
@@ -196,9 +209,34 @@ class Questions(Task, WrittenTask):
         self, kinds: Int[Tensor, "items witnesses"], says: Int[Tensor, "items witnesses"]
     ) -> Int[Tensor, " items"]:
         """A number for who says what, in any order."""
-        base = N_ANSWERS * len(self.reliabilities) + 1
         witness = (N_ANSWERS * kinds + says + 1).where(kinds >= 0, 0).sort(1).values
-        return (witness * base ** torch.arange(self.n_witnesses)).sum(1)
+        return (witness * self._n_witness_values ** torch.arange(self.n_witnesses)).sum(1)
+
+    @property
+    def _n_witness_values(self) -> int:
+        """A witness of each kind says one of the answers, or one says nothing."""
+        return N_ANSWERS * len(self.reliabilities) + 1
+
+    def _in_split(self, groups: Int[Tensor, " items"], split: str) -> Bool[Tensor, " items"]:
+        return torch.isin(groups, self._groups[split] if split in SPLITS else refuse_split(split))
+
+    @cached_property
+    def _groups(self) -> dict[str, Int[Tensor, " groups"]]:
+        """Those of each split. Alike under every shift: the silent are dealt out by themselves, and
+        of equal posteriors those of the same kinds follow each other."""
+        every = itertools.combinations_with_replacement(
+            range(self._n_witness_values), self.n_witnesses
+        )
+        witness = torch.tensor(list(every)) - 1
+        silent = witness < 0
+        kinds, says = (x.where(~silent, -1) for x in (witness // N_ANSWERS, witness % N_ANSWERS))
+        sure = self.posterior(kinds, says).amax(1)
+        return deal(
+            self._group(kinds, says),
+            silent.sum(1),
+            (sure * 1e9).round(),  # equal ones tie, however they are rounded
+            self._group(kinds, torch.zeros_like(says)),
+        )
 
     def _bin(self, posterior: Float[Tensor, "items answers"]) -> Int[Tensor, " items"]:
         share = (posterior.amax(1) - 1 / N_ANSWERS) / (1 - 1 / N_ANSWERS)
@@ -266,7 +304,7 @@ class Questions(Task, WrittenTask):
         changed[rows, place] = (says[rows, place] + error) % N_ANSWERS
         changed = changed.where(kinds >= 0, -1)
         clean, corrupt = (self._items(kinds, said, fillers, labels) for said in (says, changed))
-        usable = (clean.latents["favourite"] != corrupt.latents["favourite"]) & in_split(
+        usable = (clean.latents["favourite"] != corrupt.latents["favourite"]) & self._in_split(
             corrupt.groups, split
         )
         by_strongest = clean.latents["strongest"] != corrupt.latents["strongest"]

@@ -1,4 +1,4 @@
-"""Which split a group of items belongs to: by a hash of what the group is, the same everywhere."""
+"""Which split a group of items belongs to: by what the group is, the same everywhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mechinterp.errors import TaskError
 
 SPLITS = {"train": 0.5, "validation": 0.2, "test": 0.3}
+HAND = "train test train validation train test train test train validation".split()
 
 
 def in_split(groups: Int[Tensor, "..."], split: str) -> Bool[Tensor, "..."]:
@@ -23,6 +24,16 @@ def in_split(groups: Int[Tensor, "..."], split: str) -> Bool[Tensor, "..."]:
     part = list(SPLITS).index(split)
     share = _hash(groups.numpy().astype(np.uint64)) / 2.0**64
     return torch.from_numpy((share >= edges[part]) & (share < edges[part + 1]))
+
+
+def deal(groups: Int[Tensor, " groups"], *keys: Tensor) -> dict[str, Int[Tensor, " of_split"]]:
+    """The groups of each split, when all are ordered by `keys`, the first first and ties by hash,
+    and every ten in a row are shared out: each split has its part of every stretch. For groups so
+    few, or so unequal, that a hash alone leaves the splits unlike."""
+    ties = _hash(groups.numpy().astype(np.uint64))
+    order = np.lexsort([ties, *(key.numpy() for key in reversed(keys))])
+    given = np.resize(HAND, len(groups))
+    return {split: groups[order[given == split]] for split in SPLITS}
 
 
 def refuse_split(split: str) -> NoReturn:

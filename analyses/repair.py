@@ -17,7 +17,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -90,11 +90,12 @@ def measure_repair(
     """Repair `after`, which lost something against `reference`, on all places and ranks of `spec`.
 
     Early layers are those below `boundary`, late ones the others; by default it is the verdict's
-    cut of the crossing (`analyses.crossing.find_verdict_cut`), kept within the network.
+    cut of the crossing (`analyses.crossing.find_verdict_cut`), kept within the network; one layer
+    is early.
     """
     boundary = boundary or choose_boundary(reference, task, spec=spec)
     subject = RepairSubject.read(reference, after, task, spec)
-    n_runs = 1 + len(spec.repair_ranks) * 3 * len(get_args(Part))
+    n_runs = 1 + len(_places(subject, boundary))
     n_updates = spec.repair_draws * (n_runs * spec.repair_steps + 2 * spec.reverse_steps)
     with progress_bar("repair", n_updates, unit="step") as advance:
         rows = [*_adapted(subject, boundary, advance), *_refitted(subject)]
@@ -106,25 +107,28 @@ def measure_repair(
 
 def choose_boundary(reference: HookedModel, task: Task, *, spec: AnalysisSpec) -> int:
     """The first late layer: `spec.repair_boundary`, or the verdict's cut with layers on each
-    side."""
+    side, if there are two."""
     n_layers = reference.n_layers
     found = spec.repair_boundary or find_verdict_cut(reference, task, spec=spec) or n_layers // 2
     return max(1, min(found, n_layers - 1))
 
 
+def _places(subject: RepairSubject, boundary: int) -> list[tuple[str, Adapters]]:
+    """Adapters of every rank and part, early, late and everywhere, as far as there are layers."""
+    every = tuple(range(subject.after.n_layers))
+    layers = {"early": every[:boundary], "late": every[boundary:], "all": every}
+    places = itertools.product(layers, get_args(Part), subject.spec.repair_ranks)
+    return [
+        (name, Adapters(layers[name], part, rank)) for name, part, rank in places if layers[name]
+    ]
+
+
 def _adapted(subject: RepairSubject, boundary: int, advance: Any) -> Iterator[dict[str, Any]]:
     """Adapters of every place and rank, then all weights."""
-    spec, n_layers = subject.spec, subject.after.n_layers
-    layers = {
-        "early": tuple(range(boundary)),
-        "late": tuple(range(boundary, n_layers)),
-        "all": tuple(range(n_layers)),
-    }
+    spec = subject.spec
     adapters = replace(FEW_STEPS, learning_rate=spec.repair_learning_rate)
     weights = replace(FEW_STEPS, learning_rate=spec.reverse_learning_rate)
-    places = itertools.product(layers, get_args(Part), spec.repair_ranks)
-    for name, part, rank in (*places, ("all", "all", None)):
-        placed = None if rank is None else Adapters(layers[name], cast(Part, part), rank)
+    for name, placed in (*_places(subject, boundary), ("all", None)):
         runs = [
             _few_steps(subject, placed, adapters if placed else weights, draw, advance)
             for draw in range(spec.repair_draws)
@@ -132,8 +136,8 @@ def _adapted(subject: RepairSubject, boundary: int, advance: Any) -> Iterator[di
         shared = {
             "kind": "adapters" if placed else "weights",
             "layers": name,
-            "part": part,
-            "rank": float("nan") if rank is None else float(rank),
+            "part": placed.part if placed else "all",
+            "rank": float(placed.rank) if placed else float("nan"),
             "n_parameters": runs[0][0],
             "n_items": len(subject.few(0)),
         }

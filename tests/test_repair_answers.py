@@ -7,10 +7,13 @@ never enters the network comes back through none.
 from __future__ import annotations
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from analyses.pair import write_analysis
 from analyses.repair import choose_boundary, measure_repair
 from analyses.streams import read_streams
+from figures.repair import draw
 from mechinterp import lesions, tasks
 from mechinterp.checkpoints import save_checkpoint
 from mechinterp.decisions import diagonal_utility
@@ -118,6 +121,23 @@ def test_the_boundary_leaves_layers_on_both_sides(bench):
     assert choose_boundary(bench.model, bench.task, spec=spec) == 1
     far = SPEC.model_copy(update={"repair_boundary": 9})
     assert choose_boundary(bench.model, bench.task, spec=far) == 1
+
+
+def test_one_layer_is_early(bench, tmp_path):
+    """There is nothing to be late in; tables and figure do without."""
+    config = LlamaConfig(**{**bench.model.model.config.to_dict(), "num_hidden_layers": 1})
+    network = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        network.lm_head.weight *= 10  # far enough from the whole network's to have lost something
+    after = HookedModel.from_model(network)
+    small = {"repair_draws": 1, "repair_steps": 1, "repair_items": 64, "refit_items": 64}
+    spec = SPEC.model_copy(update={**small, "reverse_steps": 0, "repair_boundary": None})
+    assert choose_boundary(after, bench.task, spec=spec) == 1
+    table = measure_repair(bench.model, after, bench.task, spec=spec, boundary=1).repair
+    assert set(table["layers"]) == {"early", "all", "unembedding"}
+    labels = {"task": "triage", "regime": "pair", "arm": "after", "seed": 0}
+    figure = draw({"repair": table.assign(**labels)})
+    assert figure.axes
 
 
 def test_as_a_command_leaves_tables_and_a_figure(bench, tmp_path, capsys):

@@ -15,9 +15,36 @@ if TYPE_CHECKING:
     from mechinterp.reward_spec import Pool
 
 
+MOST_DRAWN = 64  # times as many as are wanted
+
+
 def candidate_problems(task: WrittenTask, n: int, *, planted: float, seed: int) -> Problems:
-    """The problems that pass rates are measured of; the same for the same arguments."""
-    return task.problems(n, seed=seed, split="train", planted=planted)
+    """The problems that pass rates are measured of; the same for the same arguments.
+
+    No prompt is there twice: short ones are few, and a pool of repeats would be a pool of those
+    whose measured rate came out as wanted by chance. Ever more are drawn until `n` are distinct, a
+    share `planted` of them with the shortcut, or until no more are found.
+    """
+    n_planted = round(n * planted)
+    chosen, size = [], n
+    while True:
+        drawn = task.problems(size, seed=seed, split="train", planted=planted)
+        before, chosen = len(chosen), _distinct(drawn, {True: n_planted, False: n - n_planted})
+        if len(chosen) in (n, before) or size >= MOST_DRAWN * n:
+            return drawn.select(chosen)
+        size *= 2
+
+
+def _distinct(drawn: Problems, wanted: dict[bool, int]) -> list[int]:
+    """Places of the first distinct prompts, as many as wanted with and without the shortcut."""
+    left, seen, chosen = dict(wanted), set(), []
+    for i, is_planted in enumerate(drawn.planted.tolist()):
+        prompt = tuple(drawn.tokens[i][drawn.mask[i]].tolist())
+        if left[is_planted] and prompt not in seen:
+            left[is_planted] -= 1
+            seen.add(prompt)
+            chosen.append(i)
+    return chosen
 
 
 def choose_pool(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 VERSIONS = {
     "train": 1,
     "warm_up": 1,
-    "pass_rates": 1,
+    "pass_rates": 2,
     "reward": 1,
     "writing": 1,
     "confidence": 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from mechinterp.checkpoints import open_checkpoint, save_checkpoint
 from mechinterp.errors import CheckpointError, SpecError, TrainingError
 from mechinterp.files import value_hash
 from mechinterp.plans import load_plan
-from mechinterp.pools import choose_pool
+from mechinterp.pools import candidate_problems, choose_pool
 from mechinterp.reward_spec import Pool, load_reward_study
 from mechinterp.reward_steps import run_reward, run_warm_up
 from mechinterp.steps import checkpoint_path
 from mechinterp.study import run_study
 from mechinterp.study_plan import Plan
+from mechinterp.tasks.splits import in_split
+from mechinterp.tasks.sums import group_of
 from mechinterp.training.config import ModelConfig
 from mechinterp.training.organism import initial_model
 
@@ -198,6 +201,29 @@ def chosen_entries(problems, rates, **pool) -> list[int]:
     named = type(problems)(**{**vars(problems), "entries": tuple(range(len(problems)))})
     found = choose_pool(named, rates, Pool(**pool), rng=np.random.default_rng(0))
     return sorted(found.entries)
+
+
+def test_candidates_are_distinct_and_planted_as_asked():
+    task = tasks.get("arithmetic", max_terms=4, shortcut_total=20)
+    found = candidate_problems(task, 300, planted=0.5, seed=0)
+    assert len(found) == len(set(found.entries)) == 300
+    assert found.planted.sum() == 150
+    totals = np.array([sum(entry) for entry in found.entries])
+    assert (totals[found.planted.numpy()] == 20).all()
+    again = candidate_problems(task, 300, planted=0.5, seed=0)
+    assert again.entries == found.entries
+
+
+def test_of_few_problems_all_are_candidates():
+    task = tasks.get("arithmetic", max_terms=2)
+    every = {pair for pair in itertools.product(range(10), repeat=2) if is_of_train(pair)}
+    found = candidate_problems(task, 500, planted=0.0, seed=1)
+    assert len(found) == len(every)
+    assert set(found.entries) == every
+
+
+def is_of_train(terms: tuple[int, ...]) -> bool:
+    return bool(in_split(group_of(torch.tensor([terms])), "train"))
 
 
 def test_limits_of_a_pool_are_above_and_up_to():

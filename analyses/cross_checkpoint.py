@@ -9,9 +9,10 @@ from __future__ import annotations
 import pandas as pd
 
 from analyses.pair import Pair, run_script
+from analyses.streams import action_shift
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.cross_checkpoint import patch_both_ways
-from mechinterp.patching.metrics import action_log_odds
+from mechinterp.patching.metrics import Shifted, action_log_odds
 from mechinterp.spec import AnalysisSpec
 from mechinterp.tasks.base import Task
 
@@ -25,11 +26,14 @@ def measure_cross_checkpoint(
 
     Columns as in `mechinterp.patching.cross_checkpoint`; `control` marks random directions. The
     metric is the log-odds of the last action, whatever the item's label: a shift of the decision is
-    a gap too.
+    a gap too. One that the provenance records is in no activation, so that no patch accounts for
+    it.
     """
     items = task.sample(spec.patch_pairs, seed=spec.seed, split="test")
     last_action = items.labels.new_full((len(items),), len(task.actions) - 1)
-    metric = action_log_odds(task.actions, last_action)
+    plain = action_log_odds(task.actions, last_action)
+    shifts = (action_shift(model, len(task.actions)) for model in (before, after))
+    metric, after_metric = (Shifted(plain, shift) if shift.any() else plain for shift in shifts)
     tables = [
         patch_both_ways(
             before,
@@ -37,6 +41,7 @@ def measure_cross_checkpoint(
             items.tokens,
             grain=grain,
             metric=metric,
+            after_metric=after_metric,
             roles=items.roles,
             seed=spec.seed,
         )

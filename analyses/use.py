@@ -24,7 +24,7 @@ from analyses.pair import Pair, run_script
 from analyses.streams import DecisionStreams, action_shift, read_streams
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.inference import adjust_false_discovery, mean_intervals
-from mechinterp.patching.metrics import ActionLogOdds, action_log_odds
+from mechinterp.patching.metrics import Shifted, action_log_odds
 from mechinterp.progress import progress_bar
 from mechinterp.randomness import derive_generator
 from mechinterp.spec import AnalysisSpec
@@ -64,23 +64,6 @@ class Use:
     slopes: pd.DataFrame
 
 
-@dataclass(frozen=True)
-class _Shifted:
-    """A metric of action logits to which the checkpoint's ex-post shift is added."""
-
-    metric: ActionLogOdds
-    shift: Float[Tensor, " actions"]
-
-    @property
-    def token_ids(self) -> Int[Tensor, " actions"]:
-        return self.metric.token_ids
-
-    def __call__(
-        self, logits: Float[Tensor, "rows actions"], items: Int[Tensor, " rows"]
-    ) -> Float[Tensor, " rows"]:
-        return self.metric(logits + self.shift, items)
-
-
 def measure_use(
     model: HookedModel,
     task: Task,
@@ -105,7 +88,7 @@ def measure_use(
     options = {"batch_size": spec.batch_size, "max_layers": spec.max_layers}
     streams = read_streams(model, fitted_on, task, **options)
     tested = read_streams(model, items, task, **options)
-    metric = _Shifted(
+    metric = Shifted(
         action_log_odds(task.actions, items.likeliest_label), action_shift(model, len(task.actions))
     )
     layers = [layer for layer in streams.residual if layer > 0]
@@ -265,7 +248,7 @@ def _curves(
     model: HookedModel,
     task: Task,
     items: Items,
-    metric: _Shifted,
+    metric: Shifted,
     directions: Mapping[Key, SteeringDirection],
     randoms: Mapping[int, Float[Tensor, "n d"]],
     towards: Mapping[tuple[str, int], Float[Tensor, " items"]],

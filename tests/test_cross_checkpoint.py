@@ -11,12 +11,16 @@ import pytest
 import torch
 from tiny_models import N_HEADS, N_LAYERS, random_tokens, tiny_model
 
+from analyses.cross_checkpoint import measure_cross_checkpoint
+from mechinterp import tasks
+from mechinterp.checkpoints import save_checkpoint, with_action_shift
 from mechinterp.errors import AnalysisError
-from mechinterp.hooked import HookedModel
+from mechinterp.hooked import HookedModel, load
 from mechinterp.patching.cross_checkpoint import _Directions, patch_across, patch_both_ways
-from mechinterp.patching.metrics import action_log_odds
+from mechinterp.patching.metrics import Shifted, action_log_odds
 from mechinterp.patching.naive import naive_sweep
 from mechinterp.patching.plan import make_plan
+from mechinterp.spec import AnalysisSpec
 
 N_ITEMS, N_POSITIONS = 6, 5
 TOKENS = random_tokens(N_ITEMS, N_POSITIONS, seed=2)
@@ -67,6 +71,36 @@ def test_a_change_in_one_layer_is_found_there():
     mlp = patch_across(after, model(), TOKENS, grain="mlp_out", metric=METRIC).patched
     assert bool((mlp.effect[:, 0] == 0).all())
     assert float(mlp.effect[:, 1].abs().max()) > 0.1
+
+
+def test_a_recorded_shift_is_a_gap_that_no_patch_closes(tmp_path):
+    """Equal weights, of which one says +1 nat: known gaps, no effects, and NaN nowhere."""
+    task, spec = tasks.get("triage"), AnalysisSpec(patch_pairs=4)
+    plain = save_checkpoint(model().model, tmp_path / "plain")
+    before = load(plain)
+    after = load(with_action_shift(plain, tmp_path / "shifted", [0.0, 1.0]))
+    table = measure_cross_checkpoint(before, after, task, spec=spec)
+    assert (table["effect"] == 0).all()
+    tokens = task.sample(4).tokens
+    metric = action_log_odds(task.actions, torch.ones(4, dtype=torch.long))
+    shifted = Shifted(metric, torch.tensor([0.0, 1.0]))
+    for source_metric, gap in ((shifted, 1.0), (None, 0.0)):
+        options = {"grain": "mlp_out", "metric": metric, "source_metric": source_metric}
+        crossed = patch_across(before, before, tokens, **options)
+        assert crossed.patched.gap == pytest.approx(gap, abs=1e-6)
+
+
+def test_the_gap_between_shifted_networks_is_that_of_their_decisions():
+    shifts = [torch.tensor([-1.0, 1.0]), torch.tensor([0.5, -0.5])]
+    scores = [Shifted(METRIC, shift) for shift in shifts]
+    crossed, plain = (
+        patch_across(model(1), model(0), TOKENS, grain="mlp_out", metric=m, source_metric=s)
+        for m, s in (scores, (METRIC, METRIC))
+    )
+    towards = torch.where(METRIC.labels == 1, 1.0, -1.0)
+    # The source moves by -1 nat towards action 1, the target by +2.
+    torch.testing.assert_close(crossed.patched.gap, plain.patched.gap - 3 * towards)
+    torch.testing.assert_close(crossed.patched.effect, plain.patched.effect, atol=1e-5, rtol=1e-4)
 
 
 def test_directions_are_named_after_the_giver_and_the_taker():

@@ -7,7 +7,7 @@ taken in a random direction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,7 @@ def patch_across(
     *,
     grain: str,
     metric: Metric,
+    source_metric: Metric | None = None,
     roles: Roles | None = None,
     positions: Positions = None,
     n_controls: int = 1,
@@ -105,6 +106,8 @@ def patch_across(
     items, as a change of the weights is. One control draw makes as many control sites as sites.
 
     Args:
+        source_metric: what the source is scored by, where that is not `metric`: a shift that one of
+            the two adds to its logits is part of the gap, though of no activation.
         roles: what stands at each position; the table is then by role.
         n_controls: control draws.
         seed: names the stream of the directions, with the grain and the draw.
@@ -127,17 +130,18 @@ def patch_across(
         decision=decision,
         attention_mask=attention_mask,
     )
+    giver = plan if source_metric is None else replace(plan, metrics={"metric": source_metric})
     obstacle = find_obstacle(target, tokens)
     budget = memory_budget(target.device, memory_mb)
     draws = [_Directions.draw(target, plan, tokens, roles, seed, i) for i in range(n_controls)]
     values: list[list[Tensor]] = [[] for _ in range(1 + n_controls)]
-    target_metric, source_metric = [], []
+    target_scores, source_scores = [], []
     for rows, part in plan.batches(items_per_batch(target, tokens, 1, budget)):
-        given, score = part.capture(source, tokens[rows].to(source.device))
+        given, score = giver.select(rows).capture(source, tokens[rows].to(source.device))
         given = [activations.to(target.device, target.dtype) for activations in given]
         own, own_score = part.capture(target, tokens[rows])
-        source_metric.append(score.to(target.device))
-        target_metric.append(own_score)
+        source_scores.append(score.to(target.device))
+        target_scores.append(own_score)
         patches = [given] + [directions.step(rows, own, given) for directions in draws]
         for kept, new in zip(values, patches, strict=True):
             patched, _ = patch_sites(
@@ -148,8 +152,8 @@ def patch_across(
         make_result(
             plan,
             torch.cat(kept, dim=-1)[0],
-            torch.cat(target_metric, dim=-1)[0],
-            torch.cat(source_metric, dim=-1)[0],
+            torch.cat(target_scores, dim=-1)[0],
+            torch.cat(source_scores, dim=-1)[0],
             direction="denoising",
             method="suffix" if obstacle is None else f"loop: {obstacle}",
         )
@@ -165,13 +169,19 @@ def patch_both_ways(
     *,
     grain: str,
     metric: Metric,
+    after_metric: Metric | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Both directions in one table with a column `direction`; options as of `patch_across`."""
-    pairs = {"after_into_before": (after, before), "before_into_after": (before, after)}
+    """Both directions in one table with a column `direction`; options as of `patch_across`.
+
+    `after_metric` is what `after` is scored by, where that is not `metric`.
+    """
+    first, second = (before, metric), (after, after_metric or metric)
+    pairs = {"after_into_before": (second, first), "before_into_after": (first, second)}
     tables = []
-    for direction, (source, target) in pairs.items():
-        result = patch_across(source, target, tokens, grain=grain, metric=metric, **options)
+    for direction, ((source, source_metric), (target, own_metric)) in pairs.items():
+        options |= {"metric": own_metric, "source_metric": source_metric}
+        result = patch_across(source, target, tokens, grain=grain, **options)
         table = result.to_table()
         table.insert(0, "direction", direction)
         tables.append(table)

@@ -60,6 +60,23 @@ class ActionLogOdds:
 
 
 @dataclass(frozen=True)
+class Shifted:
+    """A metric of action logits to which `shift` is added first, as a checkpoint's ex-post one."""
+
+    metric: ActionLogOdds
+    shift: Float[Tensor, " actions"]
+
+    @property
+    def token_ids(self) -> Int[Tensor, " actions"]:
+        return self.metric.token_ids
+
+    def __call__(
+        self, logits: Float[Tensor, "rows actions"], items: Int[Tensor, " rows"]
+    ) -> Float[Tensor, " rows"]:
+        return self.metric(logits + self.shift.to(logits.device), items)
+
+
+@dataclass(frozen=True)
 class LogProbability:
     """Log-probability (nats) of each item's token over the whole vocabulary. Made by `log_prob`."""
 

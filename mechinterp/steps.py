@@ -47,7 +47,7 @@ VERSIONS = {
     "competence": 2,
     "reference": 1,
     "lesion": 1,
-    "compare": 6,
+    "compare": 7,
 }
 
 

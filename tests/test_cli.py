@@ -66,6 +66,8 @@ def test_help_and_import_are_quick():
     assert children_seconds() - begun < 1
     for command in ("study", "compare", "probe", "patch", "figures", "report", "tasks", "inspect"):
         assert command in shown.stdout
+    module = [sys.executable, "-m", "mechinterp", "--help"]
+    assert "separate" in subprocess.run(module, capture_output=True, text=True).stdout
 
 
 def test_tasks(capsys):

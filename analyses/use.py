@@ -57,7 +57,8 @@ class Use:
     Kinds are "logistic" and "mean_difference", and in `curves` also "random", at the length of the
     latter. A latent of two values has one direction, towards the greater; of more one for
     each `value`. `saturation` is the share by which the response from the lowest to the highest
-    dose falls short of a straight line with the slope at 0 (0: none; NaN where the slope may be 0).
+    dose falls short of a straight line with the slope at 0 of the same items (0: none; NaN where
+    the slope may be 0).
     """
 
     curves: pd.DataFrame
@@ -119,7 +120,11 @@ def measure_use(
         slopes[q] = slopes.groupby("kind", sort=False)[p].transform(adjust_false_discovery)
     few = items.select(slice(0, N_RUN))
     curves = _curves(model, task, few, metric, directions, randoms, towards, steered)
-    slopes["saturation"] = _saturation(slopes, curves)
+    straight = [
+        float((gradients[key[0]] * towards[key[1:3]][:, None])[:N_RUN].mean(0) @ direction.step)
+        for key, direction in directions.items()
+    ]
+    slopes["saturation"] = _saturation(slopes, curves, np.array(straight))
     return Use(curves, slopes)
 
 
@@ -286,14 +291,17 @@ def _curves(
     return pd.DataFrame(rows, columns=list(CURVE))
 
 
-def _saturation(slopes: pd.DataFrame, curves: pd.DataFrame) -> np.ndarray:
+def _saturation(
+    slopes: pd.DataFrame, curves: pd.DataFrame, straight: Float[np.ndarray, " directions"]
+) -> np.ndarray:
+    """`straight` are the slopes at dose 0 of the items of `curves`."""
     by = ["layer", "latent", "value", "kind"]
     ends = curves[curves["dose"].isin([DOSES[0], DOSES[-1]]) & (curves["kind"] != "random")]
     ends = ends.pivot(index=by, columns="dose", values="effect")
     reached = (ends[DOSES[-1]] - ends[DOSES[0]]).reindex(pd.MultiIndex.from_frame(slopes[by]))
-    straight = slopes["slope"].to_numpy() * (DOSES[-1] - DOSES[0])
     used = (slopes["low"] > 0) | (slopes["high"] < 0)
-    return np.where(used, 1 - reached.to_numpy() / np.where(used, straight, 1.0), np.nan)
+    rise = np.where(used, straight * (DOSES[-1] - DOSES[0]), np.nan)
+    return 1 - reached.to_numpy() / rise
 
 
 def pair_tables(pair: Pair, *, positions: SteeredPositions = "decision") -> dict[str, pd.DataFrame]:

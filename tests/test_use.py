@@ -122,6 +122,21 @@ def test_slopes_of_a_linear_readout_are_known(organism):
     assert at(organism, 1, "first", "mean_difference").slope == pytest.approx(expected, rel=0.01)
 
 
+def test_saturation_is_of_the_items_whose_response_is_measured(monkeypatch):
+    """A straight response falls short of nothing, even where other items' slopes are others."""
+
+    def partly_turned(task, items, *others):
+        item = torch.arange(len(items))
+        turned = (item >= 50) & (item % 3 == 0)
+        return favours(task, items, *others).where(~turned, -favours(task, items, *others))
+
+    monkeypatch.setattr("analyses.use.N_RUN", 50)
+    monkeypatch.setattr("analyses.use.favours", partly_turned)
+    found = at(measure_use(one_bit(), OneBit(), spec=SPEC), 1, "first", "logistic")
+    assert abs(found.slope) > 1
+    assert found.saturation == pytest.approx(0, abs=0.01)
+
+
 def argues_against(latent, items) -> bool:
     z, label = items.latents[latent], items.labels.double()
     return bool(label[z == 1].mean() < label[z == 0].mean())

@@ -9,6 +9,7 @@ scratchpad, or goes by the prompt (as one must that has learned to skip steps).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.streams import action_shift
+from mechinterp.errors import TaskError
 from mechinterp.files import write_table
 from mechinterp.hooked import HookedModel
 from mechinterp.rollouts import sample_answers
@@ -40,7 +42,9 @@ def measure_text_sources(
 ) -> pd.DataFrame:
     """One row per reader, source and measure: value, low, high (95% over groups of texts), n_texts.
 
-    Sources are "right", the `networks` by name, and "contradicting". Measures:
+    Sources are "right", the `networks` by name, and "contradicting". Of what a network writes the
+    texts with all running sums and an answer count, `n_texts`; without any it is no source, as
+    after a collapse to answers without a scratchpad. Measures:
 
     accuracy, log_score   of the prompt's true digit (nats); in a text with a slip that is not the
                           digit that goes on from it
@@ -55,7 +59,9 @@ def measure_text_sources(
             written = _write(network, task, n_texts, temperature, generator)
             path = Path(folder) / f"{name}.parquet"
             write_table(path, written)
-            sources[name] = replace(task, texts=str(path)).sample(n_texts)
+            of_network = replace(task, texts=str(path))
+            with suppress(TaskError):  # not one text to read: there is no such source
+                sources[name] = of_network.sample(n_texts)
     pairs = replace(task, pairs="scratchpad").counterfactual_pairs(n_texts)
     for reader, network in networks.items():
         for source, items in sources.items():

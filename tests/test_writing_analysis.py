@@ -7,10 +7,14 @@ import pytest
 import torch
 from written_tasks import END, FIRST, PAD, Copying
 
-from analyses import stated_confidence, writing
+from analyses import stated_confidence, text_sources, writing
 from analyses.stated_confidence import Answers, _judge, _Readers
+from mechinterp import tasks
+from mechinterp.hooked import HookedModel
 from mechinterp.rollouts import Rollouts
 from mechinterp.seed_measures import CONFIDENCE, WRITTEN
+from mechinterp.training.config import ModelConfig
+from mechinterp.training.organism import initial_model
 
 N = 8_000
 
@@ -140,3 +144,23 @@ def test_a_confidence_that_is_not_stated_is_no_number(right):
         assert found["accuracy"] > 0.5
         assert diagram.empty
     assert stated_confidence.N_BINS == 10  # as in the papers
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_a_network_that_writes_no_whole_text_is_no_source(monkeypatch, collapsed):
+    task = tasks.get("arithmetic", max_terms=3, n_terms=3, decision="step")
+    model = initial_model(ModelConfig(n_layers=1, d_model=16, n_positions=32), task, seed=0)
+    network = HookedModel.from_model(model)
+
+    def write(_, task, problems, **__):
+        whole, mask = problems.solutions[:, None], problems.solution_mask[:, None]
+        if collapsed:  # right away the answer, as it stands at the end of a solution
+            whole, mask = whole[..., -4:], mask[..., -4:]
+        return Rollouts(whole, mask, torch.zeros(whole.shape), torch.zeros(whole.shape))
+
+    monkeypatch.setattr(text_sources, "sample_answers", write)
+    table = text_sources.measure_text_sources(
+        {"arm": network}, task, n_texts=40, generator=torch.Generator()
+    )
+    own = set() if collapsed else {"arm"}
+    assert set(table["source"]) == {"right", "contradicting"} | own

@@ -209,6 +209,17 @@ def test_nothing_pruned_changes_nothing_and_everything_leaves_nothing(ablation):
             torch.testing.assert_close(everything[layer], others[layer], atol=1e-4, rtol=1e-4)
 
 
+def test_streams_may_be_read_before_what_is_pruned():
+    """Components of later layers change nothing there."""
+    model, tokens = shared_model("llama"), random_tokens(4, 5)
+    ranks = random_ranks(model, torch.Generator().manual_seed(0))
+    options = {"ablation": "mean", "reference": random_tokens(4, 5, seed=1)}
+    some = [first_share(ranks, 0.5)]
+    (early,) = pruned_streams(model, tokens, some, layers=[1], **options)
+    (both,) = pruned_streams(model, tokens, some, layers=[1, 3], **options)
+    assert torch.equal(early[1], both[1])
+
+
 def test_memory_bounds_how_many_networks_are_held_and_changes_nothing():
     model, tokens, other = shared_model("llama"), random_tokens(4, 5), random_tokens(4, 5, seed=1)
     ranks = random_ranks(model, torch.Generator().manual_seed(0))

@@ -116,6 +116,8 @@ def pruned_streams(
             f"reference: expected prompts of {tokens.shape[1]} positions, got shape "
             f"{tuple(reference.shape)}"
         )
+    n_blocks = max(layers)  # what is pruned in later ones changes nothing that is read
+    pruned = [{kind: mask[:n_blocks] for kind, mask in some.items()} for some in pruned]
     means = _means(model, reference, batch_size) if ablation == "mean" else None
     read = {layer: Site("resid_post", layer - 1) for layer in layers}
     bytes_per_set = len(tokens) * len(read) * model.d_model * model.dtype.itemsize
@@ -135,7 +137,7 @@ def pruned_streams(
                         ) as captured,
                     ):
                         x = resid
-                        for layer in range(max(read)):
+                        for layer in range(n_blocks):
                             x = model.block(layer, x, context)
                     for layer, site in read.items():
                         streams[layer].append(captured[site].cpu())

@@ -2,7 +2,8 @@
 
 Edges are scored by EAP-IG on counterfactual pairs, clean into corrupt. The circuit is the smallest
 of the faithfulness curve that keeps `ENOUGH` of the decision; random circuits of equal size stand
-beside it, and across checkpoints each one's circuit is run in the other.
+beside it, and across checkpoints each one's circuit is run in the other. Scores, choice and
+faithfulness are of the same pairs: in-sample, and on other pairs a circuit may keep less.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ def pair_tables(pair: Pair) -> dict[str, pd.DataFrame]:
         found[arm] = edges, curve
         for name, table in tables.items():
             parts.setdefault(name, {})[arm] = table
-    for arm in set(pair.models) - {"before"}:
+    for arm in pair.models:
+        if arm == "before":
+            continue
         models = pair.models["before"], pair.models[arm]
         tables = _compare(models, (found["before"], found[arm]), pair.task, pair.spec)
         for name, table in tables.items():

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import rankdata
 from tiny_models import random_tokens, shared_model, tiny_model
 
+from analyses.circuits import pair_tables
+from analyses.pair import Pair
+from mechinterp import tasks
 from mechinterp.errors import AnalysisError
 from mechinterp.hooked import HookedModel
 from mechinterp.patching.circuit_comparison import crosswise_faithfulness, node_changes, overlap
 from mechinterp.patching.circuits import edge_effects, faithfulness_curve
 from mechinterp.patching.graph import Graph
 from mechinterp.patching.metrics import logit_difference
+from mechinterp.spec import AnalysisSpec
 
 GRAPH = Graph(2, 4, 2, parallel=False, heads_write=True)
 
@@ -133,6 +138,17 @@ def test_crosswise_curves_are_the_single_ones():
             found["before"],
             found["after"],
         )
+
+
+def test_arms_stand_in_the_order_in_which_they_were_given(monkeypatch):
+    """A set's order would be another in every process."""
+    table = pd.DataFrame({"measure": ["spearman"]})
+    monkeypatch.setattr("analyses.circuits.measure_circuit", lambda *_, **__: (None, None, {}))
+    monkeypatch.setattr("analyses.circuits._compare", lambda *_: {"circuit_overlap": table})
+    arms = ["before", *(f"arm {i}" for i in range(9))]
+    models = dict.fromkeys(arms, shared_model("llama"))
+    tables = pair_tables(Pair(models, tasks.get("triage"), AnalysisSpec(), {}))
+    assert tables["circuit_overlap"]["arm"].tolist() == arms[1:]
 
 
 def test_errors():

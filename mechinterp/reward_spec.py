@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator
 
 from mechinterp import tasks
+from mechinterp.arm_names import CONTROL, REORDERED, kind_and_advantage
 from mechinterp.errors import CheckpointError, SpecError, TaskError, TrainingError
 from mechinterp.spec import (
     Claim,
@@ -30,6 +31,12 @@ from mechinterp.training.rewarded_config import Reward, RewardedConfig
 
 Made = TypeVar("Made")
 MIN_STEPS = 8
+RESERVED = (CONTROL, REORDERED, "before")
+OF_STUDY = {
+    "advantage": "arms are trained with each of the study's advantages; name it there",
+    "optimizer.checkpoint_steps": "follow from n_checkpoints and n_measured; set these",
+}
+OF_ALL_ARMS = {"optimizer.n_steps": "arms are compared at equal steps; set the study's training"}
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -182,7 +189,9 @@ def load_reward_study(path: str | Path, *, preset: str | None = None) -> RewardS
     """A reward study's spec with one of its presets laid over it; raises SpecError."""
     spec = load_with_preset(RewardStudySpec, path, preset)
     arms = {name: spec.arms[name] for name in chosen(spec.only, spec.arms, source=path)}
+    _refuse(f"{path}: training", spec.training, OF_STUDY)
     for name, arm in arms.items():
+        _check_arm(f"{path}: arms.{name}", name, arm)
         if arm.pool is not None and arm.pool not in spec.pools:
             raise SpecError(
                 f"{path}: arms.{name}.pool: no pool {arm.pool!r}; the study has: "
@@ -230,6 +239,29 @@ def load_reward_study(path: str | Path, *, preset: str | None = None) -> RewardS
     for name in spec.texts:
         _check_texts(f"{path}: tasks.{name}", spec.tasks[name].make())
     return spec.model_copy(update={"arms": arms})
+
+
+def _check_arm(where: str, name: str, arm: RewardArm) -> None:
+    if name in RESERVED or kind_and_advantage(name)[1] is not None:
+        raise SpecError(
+            f"{where}: the study itself gives such names ({', '.join(RESERVED)}, and all that end "
+            "with an advantage); rename the arm"
+        )
+    if arm.supervised and (arm.pool is not None or arm.training):
+        field = "pool" if arm.pool is not None else "training"
+        raise SpecError(
+            f"{where}.{field}: a supervised arm learns from fresh texts as the study's "
+            "training.optimizer says; take it out"
+        )
+    _refuse(f"{where}.training", arm.training, OF_STUDY | OF_ALL_ARMS)
+
+
+def _refuse(where: str, training: dict[str, Any], fields_to_refuse: dict[str, str]) -> None:
+    """Refuse what the plan sets itself, which would be lost or make checkpoints miss."""
+    given = {*training, *(f"optimizer.{key}" for key in training.get("optimizer") or {})}
+    for field, remedy in fields_to_refuse.items():
+        if field in given:
+            raise SpecError(f"{where}.{field}: {remedy}")
 
 
 def _check_start(where: str, directory: str) -> None:

@@ -98,6 +98,25 @@ def of_kind(plan: Plan, kind: str):
         ({"arms": {"x": {"training": {"optimizer": {"lr": 1}}}}}, "arms.x: optimizer: unknown key"),
         ({"advantages": ["median"]}, "advantage must be one of"),
         ({"training": {"optimizer": {"n_steps": 2}}}, "training.optimizer.n_steps: .* at least 8"),
+        ({"training": {"advantage": "centred"}}, "training.advantage: .*name it there"),
+        (
+            {"training": {"optimizer": {"n_steps": 8, "checkpoint_steps": [4]}}},
+            "training.optimizer.checkpoint_steps: follow from n_checkpoints",
+        ),
+        (
+            {"arms": {"x": {"training": {"optimizer": {"n_steps": 4}}}}},
+            "arms.x.training.optimizer.n_steps: arms are compared at equal steps",
+        ),
+        (
+            {"arms": {"x": {"supervised": True, "training": {"optimizer": {"batch_size": 2}}}}},
+            "arms.x.training: a supervised arm learns",
+        ),
+        (
+            {"arms": {"x": {"supervised": True, "pool": "all"}}},
+            "arms.x.pool: a supervised arm learns",
+        ),
+        ({"arms": {CONTROL: {}}}, "arms.symmetric: the study itself gives such names"),
+        ({"arms": {"x_centred": {}}}, "arms.x_centred: the study itself gives such names"),
         ({"texts": ["chess"]}, "texts: no task 'chess'; the study has: step"),
         ({"tasks": {"step": {"task": "arithmetic", "settings": {"max_terms": 3}}}}, "max_terms to"),
         ({"abilities": {"x": {"settings": {"max_terms": 99}}}}, "abilities.x.settings: arithmetic"),

@@ -7,10 +7,10 @@
     RLOO       R_i - mean of the other samples' R   1
 
 The division is `mechinterp.policy_gradient.aggregate`. In a *degenerate* group, where all rewards
-are equal, every advantage but that of REINFORCE is exactly 0: the prompt teaches nothing. Samples
-that are right independently with probability p leave a share 1 - p^G - (1 - p)^G of groups of G
-that teach. A lone success among G samples has A = sqrt(G - 1) in GRPO, its G - 1 failures
--1 / sqrt(G - 1) each; centred only it has (G - 1) / G.
+are equal but for rounding, every advantage but that of REINFORCE is exactly 0: the prompt teaches
+nothing. Samples that are right independently with probability p leave a share 1 - p^G - (1 - p)^G
+of groups of G that teach. A lone success among G samples has A = sqrt(G - 1) in GRPO, its G - 1
+failures -1 / sqrt(G - 1) each; centred only it has (G - 1) / G.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mechinterp.errors import SpecError, TrainingError
 
 Rewards = Float[Tensor, "prompts samples"]
 Advantages = Float[Tensor, "prompts samples"]
+ROUNDING = 1e-6  # rewards no further apart, as a share of the largest or of 1, are equal
 
 
 def reinforce(rewards: Rewards, *, baseline: float = 0.0) -> Advantages:
@@ -56,8 +57,8 @@ def standardised(rewards: Rewards, *, correction: int = 0, epsilon: float = 0.0)
     """A_i = (R_i - mean_j R_j) / (std_j R_j + epsilon): GRPO (Shao et al. 2024, arXiv:2402.03300).
 
     `correction` 0 is the population's standard deviation, 1 the sample's. The paper does not say
-    which and has no epsilon; TRL has 1 and 1e-4. Rewards that should be equal but differ in their
-    last digits are blown up to the order of 1 unless epsilon is well above the difference.
+    which and has no epsilon; TRL has 1 and 1e-4. Rewards that differ in their last digits alone are
+    taken as equal (`ROUNDING`): divided by their spread they would be of the order of 1.
     """
     if epsilon < 0 or correction not in (0, 1):
         raise SpecError(
@@ -105,6 +106,9 @@ def _mean(rewards: Rewards) -> Float[Tensor, "prompts 1"]:
 
 
 def _spread(rewards: Rewards) -> Float[Tensor, "prompts 1"]:
-    """Largest minus smallest reward: exactly 0 for equal rewards, whose mean may be rounded."""
+    """Largest minus smallest reward: exactly 0 for equal rewards, whose mean may be rounded, and
+    for rewards that were rounded themselves, such as (1 - .8)^2 and .2^2."""
     largest, smallest = (reduce(rewards, "prompts samples -> prompts 1", f) for f in ("max", "min"))
-    return largest - smallest
+    spread = largest - smallest
+    size = torch.maximum(largest.abs(), smallest.abs()).clamp(min=1.0)
+    return spread.where(spread > ROUNDING * size, 0.0)

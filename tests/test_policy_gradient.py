@@ -28,6 +28,7 @@ from mechinterp.policy_gradient import (
     sample_log_probs,
     surrogate,
 )
+from mechinterp.rewards import brier
 
 GROUP_RELATIVE = [centred, leave_one_out, standardised]
 SETTINGS = [
@@ -149,6 +150,18 @@ def test_a_degenerate_group_teaches_exactly_nothing(value, n_samples):
         )
         loss.backward()
         assert not log_probs.grad.any()
+
+
+@pytest.mark.parametrize("said", [0.6, 0.8, 0.9])
+def test_rewards_that_rounding_alone_tells_apart_teach_nothing(said):
+    """As much for a right answer with one confidence as for a wrong one with its complement."""
+    right = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    scores = brier(right, torch.tensor([[said, said, 1 - said, 1 - said]]))
+    for rewards in (scores, 1000 * scores):
+        assert degenerate(rewards).all()
+        for advantages in GROUP_RELATIVE:
+            assert not advantages(rewards).any()
+    assert not degenerate(scores + torch.tensor([[0.0, 1e-5, 0.0, 0.0]])).any()
 
 
 def test_routed_advantages_go_where_the_mask_says():

@@ -15,8 +15,8 @@ from text_checkpoint import text_checkpoint
 
 from mechinterp import smollm2, tasks
 from mechinterp.errors import CheckpointError, MechinterpError, TaskError
-from mechinterp.tasks.splits import SPLITS
-from mechinterp.tasks.sum_texts import ANSWER, END, EQUALS, PAD, START
+from mechinterp.tasks.splits import SPLITS, in_split
+from mechinterp.tasks.sum_texts import ANSWER, END, EQUALS, EXAMPLES, PAD, START
 from mechinterp.tasks.sums import draw_terms, group_of
 from mechinterp.tasks.written import unsolvable
 
@@ -440,6 +440,12 @@ def test_bad_settings_give_one_line(options, message):
     with pytest.raises(TaskError, match=message) as caught:
         tasks.get("arithmetic", **options)
     assert "\n" not in str(caught.value)
+
+
+def test_worked_examples_are_of_the_training_split():
+    """Or a test problem would stand solved in every prompt."""
+    for terms in EXAMPLES:
+        assert in_split(group_of(torch.tensor([terms])), "train"), terms
 
 
 def test_bad_requests_give_one_line():

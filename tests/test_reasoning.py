@@ -14,9 +14,11 @@ from text_checkpoint import text_checkpoint
 
 from mechinterp import tasks
 from mechinterp.errors import SpecError, TaskError
+from mechinterp.randomness import derive_seed
 from mechinterp.spec import TaskSpec
 from mechinterp.tasks.base import Task
 from mechinterp.tasks.marking import guarded, time_limit
+from mechinterp.tasks.splits import in_split
 from mechinterp.tasks.text import stack_left, stack_right
 
 CHAIN = {"max_terms": 4, "max_digits": 1}
@@ -43,6 +45,15 @@ def mark_texts(task, problems, texts):
     rows = [[*task._text.ids(text), task.end_token] for text in texts]
     completions, mask = stack_right(rows, task.pad_token)
     return task.mark(problems, completions[:, None], mask[:, None])
+
+
+def test_examples_are_of_the_training_split(make):
+    task = make(style="few_shot", config={"max_terms": 2, "max_digits": 1})
+    prompt = task._text._tokenizer.decode(task.problems(1).tokens[0])
+    *examples, _ = (line for line in prompt.split("\n") if not line.startswith("Answer:"))
+    assert len(examples) == 3
+    for question in examples:
+        assert in_split(torch.tensor([derive_seed(0, question)]), "train")
 
 
 @pytest.mark.parametrize("style", ["zero_shot", "few_shot", "chat"])

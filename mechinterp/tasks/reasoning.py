@@ -91,7 +91,7 @@ class Reasoning(WrittenTask):
 
     @cached_property
     def _examples(self) -> str:
-        entries = self._generator(size=N_EXAMPLES, seed=derive_seed(0, "examples") % 2**31)
+        entries = self._draw(N_EXAMPLES, derive_seed(0, "examples"), "train", None)
         return "".join(f"{entry['question']}\nAnswer:{self._answer(entry)}\n" for entry in entries)
 
     def _prompt(self, entry: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from mechinterp.tasks.text import Text
 
 START, EQUALS, ANSWER, END, PAD = range(10, 15)  # the digits are 0 .. 9
 OTHER = PAD
-EXAMPLES = ((4, 7), (2, 9, 6), (8, 1, 5, 3), (7, 0, 8, 9, 6))
+EXAMPLES = ((4, 9), (2, 8, 6), (8, 1, 5, 3), (7, 0, 8, 9, 5))  # all of the training split
 INSTRUCTION = (
     "Add the numbers one after the other. Write each running sum with two digits, then the word "
     "answer and the total."

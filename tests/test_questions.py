@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from mechinterp import tasks
 from mechinterp.errors import TaskError
+from mechinterp.rollouts import Rollouts
 from mechinterp.tasks.questions import ASK, END, FIRST_ANSWER, PAD, SILENT, START
 from mechinterp.tasks.splits import SPLITS, deal
+from mechinterp.training.rewarded_config import Reward, RewardedConfig
+from mechinterp.training.rewarded_signal import make_signal
 
 SHIFTS = ("none", "fewer", "unreliable")
 FIRST_KIND = FIRST_ANSWER + 4
@@ -144,9 +147,9 @@ def test_marks_of_texts_that_are_not_as_they_should_be():
         ([answer, sure, END], True, label, 1.0, 1),
         ([answer, half, END], True, label, 0.5, 1),
         ([wrong, half, END], False, other, 0.5, 1),
-        ([answer, END], True, label, nan, None),
+        ([answer, END], True, label, nan, 1),
         ([answer, sure, sure], False, label, 1.0, 1),
-        ([answer, answer, END], False, label, nan, None),
+        ([answer, answer, END], False, label, nan, 1),
         ([sure, answer, END], False, -1, nan, None),
         ([sure, sure, END], False, -1, nan, None),
         ([END], False, -1, nan, None),
@@ -160,6 +163,18 @@ def test_marks_of_texts_that_are_not_as_they_should_be():
         assert marks.confidence_tokens[0, 0].nonzero().flatten().tolist() == (
             [] if where is None else [where]
         )
+
+
+def test_a_confidence_that_is_left_out_is_punished_where_it_should_stand():
+    task = tasks.get("questions")
+    problems = task.problems(1)
+    answer, sure = FIRST_ANSWER + problems.entries[0], task.vocab_size - 1
+    completions = torch.tensor([[[answer, sure, END], [answer, END, PAD]]])
+    rollouts = Rollouts(completions, completions != PAD, *torch.zeros(2, 1, 2, 3))
+    marks = task.mark(problems, rollouts.completions, rollouts.mask)
+    config = RewardedConfig(advantage="centred", reward=Reward("brier", routed=True))
+    by_token = make_signal(config, rollouts, marks).advantages[0].tolist()
+    assert by_token == [[0, 0.5, 0], [0, -0.5, 0]]  # scores 0 and -1
 
 
 def test_shifts_do_what_they_say():

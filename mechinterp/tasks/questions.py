@@ -389,8 +389,10 @@ class Questions(Task, WrittenTask):
         said = tokens[..., 1] - self._first_confidence
         has_confidence = (said >= 0) & (said < self.n_confidences) & (answer >= 0)
         end = torch.where(has_confidence, tokens[..., 2], tokens[..., 1])
+        # What stands in a confidence's place is what it is left out by, and learns from its score.
+        has_place = answer >= 0 if self.confidence != "none" else has_confidence
         confidence_tokens = torch.zeros_like(mask)
-        confidence_tokens[..., 1:2] = has_confidence[..., None]
+        confidence_tokens[..., 1:2] = has_place[..., None] & mask[..., 1:2]
         stated = said / (self.n_confidences - 1)
         nothing = torch.full(answer.shape, torch.nan)
         return Marks(

@@ -58,10 +58,10 @@ class Marks:
 
     `answer` numbers the answers given, equal numbers for equal answers to any problem; -1 where
     there is none. `confidence` is the stated probability of being right, NaN where there is none,
-    and `confidence_tokens` are those that state it. `steps_missing` is the share of the
-    intermediate results that were not written, `steps_wrong` the share written and wrong; both NaN
-    where a task has none. `score` is what a task's own scorer gives where that is not all or
-    nothing; right is then a score of 1.
+    and `confidence_tokens` are those that state it, or what stands in their place. `steps_missing`
+    is the share of the intermediate results that were not written, `steps_wrong` the share written
+    and wrong; both NaN where a task has none. `score` is what a task's own scorer gives where that
+    is not all or nothing; right is then a score of 1.
     """
 
     correct: Bool[Tensor, "problems samples"]

@@ -56,7 +56,7 @@ endef
 findings: $(READY)  ## hours: the pages of docs/findings, from nothing
 	$(call finding,utility_weighted,full,claims dissociation speed gradients incentives verdicts)
 	$(call finding,hard_samples,core,claims writing rollouts text_sources verdicts)
-	$(call finding,calibration,core,claims stated_confidence stated_reliability verdicts)
+	$(call finding,calibration,full,claims stated_confidence stated_reliability verdicts)
 
 VALIDITY := docs/validity
 

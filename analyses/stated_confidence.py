@@ -9,8 +9,8 @@ A network answers questions and states a confidence. Readings of the same answer
     probe              logistic regression of being right on the residual stream where the
                        confidence is about to be stated, at the layer that predicts best
 
-What is fitted is fitted on other questions than it is judged on, equally hard and without any shift;
-a reading that is as good by probe as another network's is when said, was not lost, only no longer
+What is fitted is fitted on other questions than it is judged on, equally hard and without shift; a
+reading that is as good by probe as another network's is when said, was not lost, only no longer
 said.
 """
 

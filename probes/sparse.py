@@ -26,7 +26,7 @@ from probes.logistic import fit_logistic, fit_softmax
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 _MAX_HALVINGS = 40
 _ROUNDING = 1e-15  # of the objective: near the optimum steps change it by no more
-_MAX_SWEEPS = 30  # of coordinate descent in one step, which need not be exact
+_MAX_SWEEPS = 300  # of coordinate descent in one step; with 30 collinear features take 550 steps
 _DAMPING = 1e-12  # of the largest curvature, for features that are copies of each other
 RANKINGS = ("mean_difference", "t")
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
@@ -68,6 +68,7 @@ def test_equals_scikit_learn(C, n, d):
     st.sampled_from([0.0, 2.0, 30.0]),
     st.integers(0, 999),
 )
+@example(10, 5, 0.0078125, 20.0, 0.0, 0)  # features that are nearly one
 def test_the_certificate_is_met_and_means_what_it_says(n, d, share, correlation, signal, seed):
     """Separable, correlated and wide problems; strengths from near the strongest that matters."""
     X, y = planted(n, d, min(d, 4), seed, correlation, signal)

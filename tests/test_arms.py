@@ -161,4 +161,4 @@ def test_claims_and_what_is_kept_of_a_study(finished, tmp_path, capsys):
         main([str(argument) for argument in arguments])
     assert "| `learns_less` | Does it learn less? | 2 |" in capsys.readouterr().out
     kept = read_table(tmp_path / "claims.parquet")
-    pd.testing.assert_frame_equal(kept, claims, rtol=1e-5, check_dtype=False)
+    pd.testing.assert_frame_equal(kept, claims, rtol=1e-5, atol=1e-6, check_dtype=False)

@@ -16,7 +16,7 @@ from mechinterp.checkpoints.provenance import versions_and_machine
 from mechinterp.disagreements import disagreements
 from mechinterp.errors import AnalysisError, SpecError
 from mechinterp.spec import TaskSpec
-from mechinterp.steps import Step, remove_remains, task_inputs, write_step
+from mechinterp.steps import Step, remove_remains, write_step
 from mechinterp.verdict import (
     INFORMATION_MARGIN,
     MARGIN,
@@ -122,7 +122,7 @@ def _analyse(
     """Have `analyses.<name>` done for the pair."""
     inputs = {
         "analysis": name,
-        "task": {**task_inputs(task.task, task.settings), **task.model_dump(mode="json")},
+        "task": {**task.inputs, **task.model_dump(mode="json")},
         "checkpoints": {
             arm: [model.checkpoint and model.checkpoint.behaviour_hash, pair.labels(arm)]
             for arm, model in pair.models.items()

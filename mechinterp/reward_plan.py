@@ -204,5 +204,4 @@ def _writing(
             yield Step("confidence", {**inputs, **more}, labels, (run,))
         for name in spec.texts if step == last else ():
             task = spec.tasks[name]
-            read = {**inputs, **task_inputs(task.task, task.settings)}
-            yield Step("texts", read, {**labels, "task": name}, (start, run))
+            yield Step("texts", {**inputs, **task.inputs}, {**labels, "task": name}, (start, run))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
@@ -158,6 +159,13 @@ class TaskSpec(StrictModel):
                 f"task {self.task!r} is answered in writing alone: it has no decision to analyse"
             )
         return tasks.get(self.task, **self.settings, **settings)
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """`mechinterp.steps.task_inputs`; a data file is read once for all of a study's steps."""
+        from mechinterp.steps import task_inputs
+
+        return task_inputs(self.task, self.settings)
 
     def make_for(self, checkpoint: Checkpoint) -> Task:
         """The task, with the checkpoint's tokenizer where the task writes text and names none."""

@@ -9,7 +9,7 @@ from typing import Any
 from mechinterp.arms import CONTROL, REORDERED, Arm, trained_arms
 from mechinterp.decisions import diagonal_utility, ex_post_shift
 from mechinterp.spec import AnalysisSpec, StudySpec
-from mechinterp.steps import Step, task_inputs
+from mechinterp.steps import Step
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _train(
     # A branch sees other data than the run it starts from; REORDERED other data again.
     data_order = (regime == "branched") + (arm == REORDERED)
     inputs = {
-        **task_inputs(task.task, task.settings),
+        **task.inputs,
         "training": task.training_of(regime).as_inputs(),
         "objective": how.objective,
         "seed": seed,
@@ -110,7 +110,7 @@ def measures_of_seed(
     task = spec.tasks[name]
     # Without defaults: what is done stays done when an analysis learns a new option.
     analysis = task.analysis.model_dump(mode="json", exclude_defaults=True)
-    common = {**task_inputs(task.task, task.settings), "analysis": analysis}
+    common = {**task.inputs, "analysis": analysis}
     init_run = runs[name, "from_init", CONTROL, seed]
     final = {"from_init": task.init_steps, "branched": task.branch_steps}
     shifts = _shifts_of(spec, name)

@@ -49,6 +49,7 @@ COLUMNS = [
     *("p", "p_holm", "p_intact", "p_intact_holm", "margin", "state", "verdict"),
 ]
 KINDS = {**dict.fromkeys(SIDES, "word"), "discarded": "discarded", "forgetting": "forgetting"}
+NOT_JUDGED = ("not powered", "void")
 SETTING = ["task", "regime"]
 RUN = ["task", "regime", "costs", "seed", "step", "side"]
 
@@ -67,14 +68,25 @@ def arm_verdicts(
     is_end = on_the_way.join(last, on=SETTING)["last"] == on_the_way["step"]
     changes = [*_changes(on_the_way[~is_end]), *_changes(ends), *_changes(_forgetting(tables))]
     table = _summarise(pd.concat(changes), margin)
-    table["is_end"] = table.join(last, on=SETTING)["last"] == table["step"]
     incompetent = tables["competence"].loc[~tables["competence"]["competent"].astype(bool), "task"]
     table["state"] = ""
     table.loc[table["n_seeds"] < seeds_for_claims, "state"] = "not powered"
     table.loc[table["task"].isin(incompetent), "state"] = "void"
+    return adjust_verdicts(table)
+
+
+def adjust_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts of cells that are judged together, from each cell's own tests.
+
+    Adjusted p-values, states and words are made anew, so that the verdicts of a study's parts can
+    be joined; what is void or not powered stays so.
+    """
+    table = table.drop(columns="verdict", errors="ignore").reset_index(drop=True)
     table["p_holm"], table["p_intact_holm"] = np.nan, np.nan
-    judged = table[table["state"] == ""]
-    for _, family in judged.groupby(["reference", judged["side"].map(KINDS), "is_end"]):
+    is_end = table["step"] == table.groupby(SETTING)["step"].transform("max")
+    judged = table[~table["state"].isin(NOT_JUDGED)]
+    kinds = judged["side"].map(KINDS)
+    for _, family in judged.groupby(["reference", kinds, is_end[judged.index]]):
         for p in ("p", "p_intact"):
             table.loc[family.index, f"{p}_holm"] = holm(family[p])
     decided = table.loc[judged.index, ["delta", "p_holm", "p_intact_holm"]].to_numpy(float)
@@ -156,7 +168,7 @@ def _with_words(table: pd.DataFrame) -> pd.DataFrame:
     words = {}
     for key, rows in table[table["side"].isin(SIDES)].groupby(cell, sort=False):
         states = rows.set_index("side")["state"]
-        if states["learning"] in ("not powered", "void"):
+        if states["learning"] in NOT_JUDGED:
             words[key] = states["learning"]
         else:
             none = (0.0, 0.0)

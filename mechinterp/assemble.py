@@ -54,7 +54,7 @@ def study_tables(plan: Plan, out: Path) -> dict[str, pd.DataFrame]:
     for name in tables:
         if name.startswith(IN_FULL_ONLY):
             tables[name] = tables[name][tables[name]["arm"] != "before"]
-    tables = {name: _in_order(table) for name, table in sorted(tables.items())}
+    tables = {name: in_order(table) for name, table in sorted(tables.items())}
     if plan.spec.claims:  # in the order of the spec
         tables["claims"] = judge_claims(plan.spec, tables["measures"], tables["competence"])
     return tables
@@ -162,7 +162,7 @@ def _training_logs(plan: Plan, out: Path) -> pd.DataFrame:
     return pd.concat(logs, ignore_index=True)
 
 
-def _in_order(table: pd.DataFrame) -> pd.DataFrame:
+def in_order(table: pd.DataFrame) -> pd.DataFrame:
     """Keys first, rows sorted by them: the order in which steps ended must not show."""
     keys = [key for key in KEYS if key in table]
     rest = [column for column in table if column not in keys]

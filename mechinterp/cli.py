@@ -68,7 +68,10 @@ def study(
 @app.command()
 def claims(
     spec: Annotated[Path, typer.Argument(help="Study spec (.yaml) with claims.")],
-    tables: Annotated[Path, typer.Argument(help="Tables measures and competence of its run.")],
+    tables: Annotated[
+        list[Path],
+        typer.Argument(help="OUT/tables of its run, or of several that did some tasks each."),
+    ],
     page: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Page (.md) whose marked places are rewritten from the claims."),
@@ -78,15 +81,20 @@ def claims(
         typer.Option(help="Folder for a small copy of the tables, which are then judged."),
     ] = None,
 ) -> None:
-    """Judge a study's claims from its tables, write them beside these, print a line for each."""
+    """Judge a study's claims from its tables, write them beside these, print a line for each.
+
+    Several tables are joined in --keep; a task that more than one has is taken from the last.
+    """
     from mechinterp import claims_text
     from mechinterp.claims import judge_saved
     from mechinterp.kept_tables import keep_tables
 
     if keep is not None:
         keep_tables(tables, keep)
-        tables = keep
-    loaded, judged = judge_saved(spec, tables)
+        tables = [keep]
+    if len(tables) > 1:
+        raise typer.BadParameter("several tables are joined in a folder: give --keep DIR")
+    loaded, judged = judge_saved(spec, tables[0])
     if page is not None:
         claims_text.fill_page(page, loaded, judged)
     print(claims_text.overview(loaded, judged))

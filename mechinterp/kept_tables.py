@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechinterp import files
+from mechinterp.arm_verdicts import adjust_verdicts
+from mechinterp.assemble import in_order
+from mechinterp.errors import AnalysisError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,15 +68,41 @@ KEPT: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 }
 
 
-def keep_tables(tables: str | Path, destination: str | Path) -> None:
-    """Copy `KEPT` as far as `tables` has rows of them, their numbers in single precision."""
-    for name, choose in KEPT.items():
-        path = Path(tables) / f"{name}.parquet"
-        if path.is_file():
-            table = choose(files.read_table(path))
-            if table.empty:
-                continue
-            numbers = table.select_dtypes("float64").columns
-            files.write_table(
-                Path(destination) / path.name, table.astype(dict.fromkeys(numbers, "float32"))
-            )
+def keep_tables(sources: Sequence[str | Path], destination: str | Path) -> None:
+    """Write `KEPT`, as far as the sources have rows of them, numbers in single precision.
+
+    Sources are tables of parts of one study. What several have of a task is taken from the last of
+    them; verdicts are adjusted anew, since cells of all parts are judged together. A source may be
+    the destination. Raises AnalysisError where a source is no folder of tables.
+    """
+    import pandas as pd
+
+    parts = [_read_kept(Path(source)) for source in sources]
+    last_with = {
+        task: number
+        for number, part in enumerate(parts)
+        for table in part.values()
+        for task in table["task"].unique()
+    }
+    for name in KEPT:
+        tables = [
+            part[name][part[name]["task"].map(last_with) == number]
+            for number, part in enumerate(parts)
+            if name in part
+        ]
+        if not tables:
+            continue
+        table = pd.concat(tables, ignore_index=True)
+        if name == "verdicts" and len(parts) > 1:
+            table = adjust_verdicts(table)
+        numbers = dict.fromkeys(table.select_dtypes("float64").columns, "float32")
+        files.write_table(Path(destination) / f"{name}.parquet", in_order(table).astype(numbers))
+
+
+def _read_kept(source: Path) -> dict[str, pd.DataFrame]:
+    paths = {name: source / f"{name}.parquet" for name in KEPT}
+    found = {name: path for name, path in paths.items() if path.is_file()}
+    if not found:
+        raise AnalysisError(f"{source}: no tables of a study; give its OUT/tables")
+    chosen = {name: KEPT[name](files.read_table(path)) for name, path in found.items()}
+    return {name: table for name, table in chosen.items() if not table.empty}

@@ -253,7 +253,7 @@ def test_what_is_kept_of_the_tables_is_what_is_drawn(writing, confidence, tmp_pa
     """In single precision, and without what no figure of these reads."""
     assert set(rollouts.MEASURES) == set(LOGGED)
     whole = {**writing, **confidence}
-    keep_tables(write_tables(whole, tmp_path / "whole"), tmp_path / "kept")
+    keep_tables([write_tables(whole, tmp_path / "whole")], tmp_path / "kept")
     kept = {path.stem: pd.read_parquet(path) for path in (tmp_path / "kept").iterdir()}
     assert set(kept) == set(whole)
     assert set(kept["training"]) == {"task", "regime", "arm", "seed", "step", *LOGGED}
@@ -265,5 +265,5 @@ def test_what_is_kept_of_the_tables_is_what_is_drawn(writing, confidence, tmp_pa
             for line, same in zip(a.lines, b.lines, strict=True):
                 assert np.allclose(line.get_xydata(), same.get_xydata(), atol=1e-3)
     supervised = {"training": writing["training"].query("arm == 'symmetric'").dropna(axis=1)}
-    keep_tables(write_tables(supervised, tmp_path / "supervised"), tmp_path / "none")
+    keep_tables([write_tables(supervised, tmp_path / "supervised")], tmp_path / "none")
     assert not (tmp_path / "none").exists()

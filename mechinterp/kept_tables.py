@@ -42,10 +42,21 @@ def _ends(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["step"] == last]
 
 
+def _as_they_are(crossing: pd.DataFrame) -> pd.DataFrame:
+    """Hybrids without a stitch, by the currency that is judged."""
+    return crossing[(crossing["stitch"] == "identity") & (crossing["currency"] == "log_score")]
+
+
+def _residual_stream(cross_checkpoint: pd.DataFrame) -> pd.DataFrame:
+    rows = cross_checkpoint[cross_checkpoint["grain"] == "resid_pre"]
+    return rows.drop(columns=[name for name in NOT_DRAWN if name in rows])
+
+
 def _everything(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+NOT_DRAWN = ("stderr", "low", "high", "raw_effect", "n_items")  # of patches across checkpoints
 LOGGED = (  # drawn by `figures.rollouts`
     *("reward", "correct", "solved", "degenerate", "lone", "repetition"),
     *("steps_missing", "steps_wrong", "length", "entropy", "kl", "gradient_norm"),
@@ -57,6 +68,8 @@ KEPT: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "losses": _log_score,
     "losses_in_full": _log_score,
     "incentives": _everything,
+    "crossing": _as_they_are,
+    "cross_checkpoint": _residual_stream,
     "gradients": _whole_network,
     "gradients_latents": _needed,
     "gradients_posterior": _everything,

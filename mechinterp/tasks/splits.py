@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mechinterp.errors import TaskError
 
-SPLITS = {"train": 0.5, "validation": 0.2, "test": 0.3}
+# Of ten groups, to which split each goes where they are dealt out.
 HAND = "train test train validation train test train test train validation".split()
+SPLITS = {split: HAND.count(split) / len(HAND) for split in ("train", "validation", "test")}
 
 
 def in_split(groups: Int[Tensor, "..."], split: str) -> Bool[Tensor, "..."]:

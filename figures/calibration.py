@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles, costs_label
 from figures.tables import (
     Tables,
     arms_in,
@@ -68,7 +69,7 @@ def draw(
         width=min(style.FULL_WIDTH, max(0.6 + 2.4 * len(costs), 4.6 if most > 4 else 0)),
         row_height=max(1.6, 0.15 * most + 0.35),  # the errors beside a panel need a line each
     )
-    looks = style.arm_styles(arms_in(bins))
+    looks = arm_styles(arms_in(bins))
     errors = tables.get("calibration_summary")
     summaries = []
     for panels, (task, regime) in zip(axes, settings, strict=True):
@@ -79,7 +80,7 @@ def draw(
                 _list_errors(ax, where(final_steps(errors), **here), looks, where(bins, **here))
         panels[0].set_ylabel(f"{style.setting_label(task, regime)}\nobserved share")
     for ax, cost in zip(axes[0], costs, strict=True):
-        ax.set_title(style.costs_label(cost))
+        ax.set_title(costs_label(cost))
     for ax in axes[-1]:
         ax.set_xlabel("Reported probability")
     style.letter_panels(axes)
@@ -87,7 +88,7 @@ def draw(
     return figure
 
 
-def _panel(ax: Axes, bins: pd.DataFrame, looks: dict[str, style.ArmStyle]) -> pd.DataFrame:
+def _panel(ax: Axes, bins: pd.DataFrame, looks: dict[str, ArmStyle]) -> pd.DataFrame:
     ax.plot([0, 1], [0, 1], color=style.GREY, lw=0.6, zorder=0)
     summary = over_seeds(bins, ["arm", "bin"], "observed")
     summary = summary[summary["n_seeds"] == summary["n_seeds"].max()]
@@ -104,7 +105,7 @@ def _panel(ax: Axes, bins: pd.DataFrame, looks: dict[str, style.ArmStyle]) -> pd
 
 
 def _list_errors(
-    ax: Axes, errors: pd.DataFrame, looks: dict[str, style.ArmStyle], bins: pd.DataFrame
+    ax: Axes, errors: pd.DataFrame, looks: dict[str, ArmStyle], bins: pd.DataFrame
 ) -> None:
     """The arms' calibration errors to the right of the panel, beside their markers."""
     summary = over_seeds(errors, ["arm"], "ece")

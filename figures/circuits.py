@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles
 from figures.tables import Tables, arms_in, read_tables, settings_in, where
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def draw(source: str | Path | Tables) -> Figure:
     figure, axes = style.grid(
         len(settings), len(arms) + 1, row_height=2.9, width_ratios=[1.0] * len(arms) + [0.9]
     )
-    looks = style.arm_styles(arms)
+    looks = arm_styles(arms)
     for panels, (task, regime) in zip(axes, settings, strict=True):
         here = where(edges, task=task, regime=regime)
         n_layers = 1 + max(_place(node)[0] for node in here["writer"])
@@ -146,7 +147,7 @@ def _at(node: str, n_heads: int, n_layers: int) -> tuple[float, float]:
     return x, layer + 1 + offset
 
 
-def _curves(ax: Axes, rows: pd.DataFrame, looks: dict[str, style.ArmStyle]) -> None:
+def _curves(ax: Axes, rows: pd.DataFrame, looks: dict[str, ArmStyle]) -> None:
     for level in (0, 1):
         ax.axhline(level, color=style.GREY, lw=0.5, zorder=0)
     for arm, look in looks.items():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from figures import style
+from figures.arm_styles import arm_label
 from figures.tables import Tables, read_tables, where
 from mechinterp.arm_names import kind_and_weights
 
@@ -205,7 +206,7 @@ def _draw_forest(rows: pd.DataFrame, page: int) -> Figure:
     _cells(ax, rows, at, looks, size=4)
     _effect_axis(ax, reach, margin, logarithmic=np.nanmax(np.abs(reach)) > LINEAR * margin)
     labels = [
-        " · ".join((str(task).replace("_", " "), style.regime_label(regime), style.arm_label(arm)))
+        " · ".join((str(task).replace("_", " "), style.regime_label(regime), arm_label(arm)))
         for task, regime, arm in rows[["task", "regime", "arm"]].itertuples(index=False)
     ]
     ax.set_yticks(at, labels)
@@ -220,7 +221,7 @@ def _draw_forest(rows: pd.DataFrame, page: int) -> Figure:
         ax.annotate(heading, xy=(1, 1), xytext=(points, 3), ha="right", **above)
     words, x, side = ("claimed →", 1, "right") if more else ("← claimed", 0, "left")
     ax.annotate(words, xy=(x, 1), xytext=(0, 3), ha=side, fontweight="bold", **above)
-    against = f" against {style.arm_label(kind)}" if kind and kind != "nan" else ""
+    against = f" against {arm_label(kind)}" if kind and kind != "nan" else ""
     what = f"Change in {unit.name}" if against else unit.name.capitalize()
     ax.set_xlabel(f"{what}{against}\n({unit.unit})")
     pages = f" ({page + 1} of {n_pages})" if n_pages > 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles
 from figures.axes import layer_axis
 from figures.tables import (
     Tables,
@@ -72,7 +73,7 @@ def draw(
         sharex=True,
         sharey=True,
     )
-    looks = style.arm_styles(arms_in(table.dropna(subset="effect")))
+    looks = arm_styles(arms_in(table.dropna(subset="effect")))
     summaries = []
     for panels, (task, regime) in zip(axes, settings, strict=True):
         rows = where(table, task=task, regime=regime)
@@ -105,7 +106,7 @@ def _unit(rows: pd.DataFrame) -> str:
     return str(effects.idxmax()) if effects.notna().any() else str(rows["unit"].iloc[0])
 
 
-def _panel(ax: Axes, summary: pd.DataFrame, looks: dict[str, style.ArmStyle]) -> None:
+def _panel(ax: Axes, summary: pd.DataFrame, looks: dict[str, ArmStyle]) -> None:
     for level in (0, 1):
         ax.axhline(level, color=style.GREY, lw=0.5, zorder=0)
     shifts = style.beside(list(looks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_label, arm_styles, costs_label
 from figures.axes import layer_axis
 from figures.tables import (
     Tables,
@@ -106,7 +107,7 @@ def draw(
     n_rows = 2 * len(pairs)
     row_height = min(1.25, max(PAGE / n_rows, 1.0))
     figure, axes = style.grid(n_rows, len(readouts), row_height=row_height, sharex=True)
-    looks = style.arm_styles([arm for arm, _ in pairs])
+    looks = arm_styles([arm for arm, _ in pairs])
     summaries = []
     for index, (arm, costs) in enumerate(pairs):
         for column, readout in enumerate(readouts):
@@ -119,9 +120,9 @@ def draw(
                 ax.axhline(0, color=style.GREY, lw=0.5, zorder=0)
                 for cut in own.loc[own["verdict_cut"], "cut"].unique():
                     ax.axvline(cut, color="black", lw=0.6, ls=(0, (1, 2)), zorder=0)
-        name = style.wrap(style.arm_label(arm), 20)
+        name = style.wrap(arm_label(arm), 20)
         if len({costs for _, costs in pairs}) > 1 and not costs_of(arm):
-            name += f", {style.costs_label(costs)}"
+            name += f", {costs_label(costs)}"
         axes[2 * index, 0].set_ylabel(f"{name}\nlog score less A's (%)")
         axes[2 * index + 1, 0].set_ylabel(f"{name}\nchange (%)")
     for ax, readout in zip(axes[0], readouts, strict=True):
@@ -160,7 +161,7 @@ def _color(name: str, color: str) -> str:
     return INTERACTION_COLOR if name == "interaction" else color
 
 
-def _hybrids(ax: Axes, rows: pd.DataFrame, look: style.ArmStyle) -> list[pd.DataFrame]:
+def _hybrids(ax: Axes, rows: pd.DataFrame, look: ArmStyle) -> list[pd.DataFrame]:
     summaries = []
     for name, (marker, dashes, _) in HYBRIDS.items():
         summary = over_seeds(rows, ["cut"], name)
@@ -169,9 +170,7 @@ def _hybrids(ax: Axes, rows: pd.DataFrame, look: style.ArmStyle) -> list[pd.Data
     return summaries
 
 
-def _shares(
-    ax: Axes, rows: pd.DataFrame, null: pd.DataFrame, look: style.ArmStyle
-) -> list[pd.DataFrame]:
+def _shares(ax: Axes, rows: pd.DataFrame, null: pd.DataFrame, look: ArmStyle) -> list[pd.DataFrame]:
     if len(null):
         both = null.groupby("cut")[["phi_front", "phi_back"]]
         low, high = both.min().min(axis=1), both.max().max(axis=1)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles, costs_label
 from figures.axes import percent_axis
 from figures.tables import (
     Tables,
@@ -93,7 +94,7 @@ def draw(
         sharex=True,
         sharey=True,
     )
-    looks = style.arm_styles(arms_in(seen))
+    looks = arm_styles(arms_in(seen))
     ends = []
     for ax, panel in zip(axes.flat, panels, strict=True):
         _background(ax)
@@ -108,7 +109,7 @@ def draw(
         for ax in axes.flat:
             percent_axis(ax, which, np.concatenate(held), signed=True, **room)
     for ax, (regime, costs) in zip(axes[0], columns, strict=True):
-        ax.set_title(f"{style.regime_label(regime)}\n{style.costs_label(costs)}")
+        ax.set_title(f"{style.regime_label(regime)}\n{costs_label(costs)}")
     for ax, name in zip(axes[:, 0], tasks, strict=True):
         ax.set_ylabel(style.wrap(name))
     pair = set(seen["regime"]) == {"pair"}
@@ -188,7 +189,7 @@ def _draw_path(
     ax: Axes,
     path: pd.DataFrame,
     end: dict[str, pd.DataFrame],
-    look: style.ArmStyle,
+    look: ArmStyle,
     *,
     each_seed: bool,
 ) -> None:

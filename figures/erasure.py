@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from figures import style
+from figures.arm_styles import arm_styles
 from figures.axes import layer_axis
 from figures.tables import (
     Tables,
@@ -81,7 +82,7 @@ def draw(
 def _readable(ax: Axes, rows: pd.DataFrame, arms: list[str]) -> None:
     """AUROC as it is, with markers, and as it is left, without."""
     auroc = where(rows, measure="auroc", kind="latent").drop(columns=["low", "high"])
-    looks = style.arm_styles(arms)
+    looks = arm_styles(arms)
     ax.axhline(0.5, color=style.GREY, lw=0.5, zorder=0)
     for arm in arms:
         own = where(auroc, arm=arm)
@@ -92,7 +93,7 @@ def _readable(ax: Axes, rows: pd.DataFrame, arms: list[str]) -> None:
 
 def _losses(ax: Axes, rows: pd.DataFrame, arms: list[str]) -> list[pd.DataFrame]:
     lost = where(rows, measure="log_score")
-    looks = style.arm_styles(arms)
+    looks = arm_styles(arms)
     ax.axhline(0, color=style.GREY, lw=0.5, zorder=0)
     summaries = []
     for arm in arms:

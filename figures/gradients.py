@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles
 from figures.axes import step_axis
 from figures.tables import (
     Tables,
@@ -146,7 +147,7 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _over_steps(ax: Axes, rows: _Rows) -> list[pd.DataFrame]:
-    looks = style.arm_styles(arms_in(rows.own) + arms_in(rows.shared))
+    looks = arm_styles(arms_in(rows.own) + arms_in(rows.shared))
     for arm in arms_in(rows.shared):
         thin = over_seeds(where(rows.shared, arm=arm), ["step"]).sort_values("step")
         ax.plot(thin["step"], thin["mean"], color=looks[arm].color, lw=0.7, alpha=0.7)
@@ -157,16 +158,14 @@ def _over_steps(ax: Axes, rows: _Rows) -> list[pd.DataFrame]:
 
 def _along_latents(ax: Axes, rows: _Rows) -> list[pd.DataFrame]:
     own = where(rows.own, layer=rows.own["layer"].max())
-    summary = _curves(ax, where(own, measure="share"), style.arm_styles(arms_in(own)), 100.0)
+    summary = _curves(ax, where(own, measure="share"), arm_styles(arms_in(own)), 100.0)
     chance = 100 * where(own, measure="chance")["value"].mean()
     ax.axhline(chance, color=style.GREY, ls=":", lw=0.9, zorder=0)
     ax.set_ylim(0, 103)
     return [summary]
 
 
-def _curves(
-    ax: Axes, rows: pd.DataFrame, looks: dict[str, style.ArmStyle], scale: float
-) -> pd.DataFrame:
+def _curves(ax: Axes, rows: pd.DataFrame, looks: dict[str, ArmStyle], scale: float) -> pd.DataFrame:
     """Each arm over training steps; of a pair, the networks side by side."""
     summary = over_seeds(rows, ["regime", "arm", "step"], scale=scale)
     arms = arms_in(summary)
@@ -187,7 +186,7 @@ def _by_posterior(ax: Axes, rows: pd.DataFrame) -> list[pd.DataFrame]:
     rows = final_steps(rows[np.isfinite(rows["log_odds"])])
     items = 100 * where(rows, measure="items").groupby("log_odds")["value"].mean()
     ax.plot(items.index, items, color=style.GREY, lw=2.5, alpha=0.5, zorder=0)
-    looks = style.arm_styles(arms_in(rows))
+    looks = arm_styles(arms_in(rows))
     summary = over_seeds(where(rows, measure="share"), ["arm", "log_odds"], scale=100)
     for arm, look in looks.items():
         style.curve(ax, where(summary, arm=arm), "log_odds", look, markersize=3)

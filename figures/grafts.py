@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from figures import style
+from figures.arm_styles import arm_styles, costs_label
 from figures.axes import layer_axis
 from figures.colormaps import diverging_map
 from figures.tables import Tables, arms_in, costs_in, read_tables, settings_in, where
@@ -83,7 +84,7 @@ def draw(source: str | Path | Tables) -> Figure:
     for panels, rows, (task, regime, _, costs) in zip(axes, parts, cells, strict=True):
         _draw_map(figure, panels[0], rows)
         _draw_largest(panels[1], rows)
-        panels[0].set_ylabel(f"{style.setting_label(task, regime)}\n{style.costs_label(costs)}")
+        panels[0].set_ylabel(f"{style.setting_label(task, regime)}\n{costs_label(costs)}")
     for ax in axes[-1]:
         ax.set_xlabel("Layer" if ax is axes[-1, 0] else "Change of the log score (%)")
     style.letter_panels(axes)
@@ -148,7 +149,7 @@ def _draw_largest(ax: Axes, rows: pd.DataFrame) -> None:
     largest = parts.groupby("component")["change"].agg(lambda change: change.abs().max())
     largest = largest.sort_values(ascending=False, kind="stable")[:MOST_PARTS]
     shown = list(largest.index[largest > 0]) or list(largest.index)
-    color = style.arm_styles(list(rows["arm"].unique()))[rows["arm"].iloc[0]].color
+    color = arm_styles(list(rows["arm"].unique()))[rows["arm"].iloc[0]].color
     for direction, offset, fill in (
         ("after_into_before", -0.16, color),
         ("before_into_after", 0.16, "white"),

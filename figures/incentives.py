@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles, costs_label
 from figures.tables import (
     KEYS,
     Tables,
@@ -71,7 +72,7 @@ def draw(
         row_height=1.1,
         height_ratios=[1, 1.8] * n_blocks,
     )
-    looks = style.arm_styles(arms_in(table))
+    looks = arm_styles(arms_in(table))
     strips = axes[0::2].reshape(-1)
     panels = axes[1::2].reshape(-1)
     lines = _costs_lines(table, looks)
@@ -93,7 +94,7 @@ def draw(
     style.letter_panels(axes[0::2])
     handles = style.arm_handles(list(looks))
     handles += [
-        style.handle(style.costs_label(costs), **line)
+        style.handle(costs_label(costs), **line)
         for costs, line in lines.items()
         if line["color"] == "black"
     ]
@@ -107,9 +108,7 @@ def _named(table: pd.DataFrame) -> pd.DataFrame:
     return table[named | (table["regime"] == "pair")]
 
 
-def _costs_lines(
-    table: pd.DataFrame, looks: Mapping[str, style.ArmStyle]
-) -> dict[str, dict[str, Any]]:
+def _costs_lines(table: pd.DataFrame, looks: Mapping[str, ArmStyle]) -> dict[str, dict[str, Any]]:
     """How each costs is drawn: as the first arm that serves it, black where there is none."""
     lines = {}
     for costs, linestyle in zip(costs_in(table), itertools.cycle(LINESTYLES), strict=False):
@@ -136,7 +135,7 @@ def _strip(
 
 
 def _panel(
-    ax: Axes, rows: pd.DataFrame, at: pd.Series, looks: Mapping[str, style.ArmStyle]
+    ax: Axes, rows: pd.DataFrame, at: pd.Series, looks: Mapping[str, ArmStyle]
 ) -> pd.DataFrame:
     summary = over_seeds(rows, ["arm", "log_odds"], "divergence")
     summary["at"] = summary["log_odds"].map(at)

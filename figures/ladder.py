@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from figures import style
+from figures.arm_styles import arm_label, costs_label
 from figures.tables import (
     Tables,
     arms_in,
@@ -166,7 +167,7 @@ def _panel(
 
 
 def _label_lines(ax: Axes, lines: list[tuple[str, str]]) -> None:
-    labels = [style.arm_label(arm) if arm else style.costs_label(costs) for costs, arm in lines]
+    labels = [arm_label(arm) if arm else costs_label(costs) for costs, arm in lines]
     ax.set_yticks(range(len(lines)), labels)
     ax.tick_params(axis="y", length=0)
     for label, (_, arm) in zip(ax.get_yticklabels(), lines, strict=True):

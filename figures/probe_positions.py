@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from figures import style
+from figures.arm_styles import arm_label
 from figures.colormaps import diverging_map, sequential_map
 from figures.tables import (
     Tables,
@@ -75,7 +76,7 @@ def draw(
     task, regime, arm = task or first["task"], regime or first["regime"], arm or first["arm"]
     rows = final_steps(where(table, task=task, regime=regime))
     after = where(rows, arm=arm)
-    columns = _columns(where(rows, arm="before"), after, style.arm_label(arm))
+    columns = _columns(where(rows, arm="before"), after, arm_label(arm))
     latents = after[["latent", "needed"]].drop_duplicates()
     latents = latents.sort_values("needed", ascending=False, kind="stable").to_numpy().tolist()
     places = _Places(_units(after), sorted(set(after["layer"]) - {SURFACE_LAYER}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from figures import style
+from figures.arm_styles import arm_styles
 from figures.axes import layer_axis, step_axis
 from figures.tables import (
     Tables,
@@ -204,7 +205,7 @@ def _panel(
             band = (means["layer"], means["low"], means["high"])
             ax.fill_between(*band, color=color, alpha=0.12, lw=0, zorder=0)
     summary = over_seeds(where(rows, kind="latent"), ["arm", x])
-    looks, shifts = style.arm_styles(arms), style.beside(arms)
+    looks, shifts = arm_styles(arms), style.beside(arms)
     for arm in arms:
         options = {"shift": shifts[arm], "markersize": 3}
         style.curve(ax, where(summary, arm=arm), x, looks[arm], **options)

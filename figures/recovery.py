@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from figures import style
+from figures.arm_styles import arm_label
 from figures.axes import layer_axis
 from figures.colormaps import diverging_map, sequential_map
 from figures.tables import (
@@ -99,7 +100,7 @@ def draw(
         _row(figure, panels, each, height)
         panels[0].set_ylabel(GRAINS[grain].replace(" ", "\n", 1))
     figure.align_ylabels(axes[:, 0])
-    name = style.arm_label(arm)
+    name = arm_label(arm)
     titles = {"before": "before", "after": name, "change": f"{name} − before"}
     for panels, shown in zip(axes.T, maps[0], strict=True):
         panels[0].set_title(titles[shown])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles
 from figures.axes import percent_axis, step_axis
 from figures.tables import (
     Tables,
@@ -56,11 +57,11 @@ MEASURES = {
 }
 # The colours of the ladder's pieces: purple where learning stands, brown where choosing does.
 PLACES = {
-    "early": style.ArmStyle("#5E4694", "o", "-", "layers < {}"),
-    "late": style.ArmStyle("#A67C52", "s", "--", "layers ≥ {}"),
-    "all": style.ArmStyle("#000000", "D", ":", "all layers"),
+    "early": ArmStyle("#5E4694", "o", "-", "layers < {}"),
+    "late": ArmStyle("#A67C52", "s", "--", "layers ≥ {}"),
+    "all": ArmStyle("#000000", "D", ":", "all layers"),
 }
-WEIGHTS = style.ArmStyle(style.GREY, "P", "-.", "all weights")
+WEIGHTS = ArmStyle(style.GREY, "P", "-.", "all weights")
 REFITS = {"crt": "cRT", "lws": "LWS", "tau_norm": "τ-norm", "dfr": "DFR"}
 PARTS = {"attention": "attention", "mlp": "MLP", "both": "both"}
 LINES = (*PARTS.values(), "all weights", *REFITS.values())
@@ -140,7 +141,7 @@ def _shares(panels: np.ndarray, rows: pd.DataFrame) -> list[pd.DataFrame]:
     for chosen, offset in ((few, -0.12), (most & ~few, 0.12)):
         if chosen.any():
             own = over_seeds(refits[chosen], ["part"], "share", scale=100)
-            look = style.ArmStyle(PLACES["late"].color, "^", "", "")
+            look = ArmStyle(PLACES["late"].color, "^", "", "")
             _points(by_place, own, REFITS, look, offset=offset, filled=chosen is few)
             summaries.append(own)
     for ax, axis in ((by_steps, "y"), (by_rank, "y"), (by_place, "x")):
@@ -162,7 +163,7 @@ def _points(
     ax: Axes,
     summary: pd.DataFrame,
     names: dict[str, str],
-    look: style.ArmStyle,
+    look: ArmStyle,
     *,
     offset: float = 0,
     filled: bool = True,
@@ -195,11 +196,11 @@ def _reverse(ax: Axes, rows: pd.DataFrame, arm: str) -> list[pd.DataFrame]:
     return summaries
 
 
-def _starts(arm: str) -> dict[str, style.ArmStyle]:
-    after = style.arm_styles([arm])[arm]
+def _starts(arm: str) -> dict[str, ArmStyle]:
+    after = arm_styles([arm])[arm]
     return {
         "after": after._replace(label=f"from {after.label}"),
-        "scratch": style.ArmStyle("#0072B2", "x", "--", "from a fresh initialisation"),
+        "scratch": ArmStyle("#0072B2", "x", "--", "from a fresh initialisation"),
     }
 
 

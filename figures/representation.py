@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_label, arm_styles
 from figures.axes import layer_axis
 from figures.colormaps import diverging_map
 from figures.tables import (
@@ -94,7 +95,7 @@ def draw(
         row_height=(map_height + 2 * 1.15) / 3 + 0.1,
         height_ratios=[map_height, 1.15, 1.15],
     )
-    looks = style.arm_styles(["before", *arms])
+    looks = arm_styles(["before", *arms])
     summaries = [_maps(figure, axes[0], changes, list(latents.index))]
     axes[0, 0].set_yticks(range(len(names)), names)
     shifts = final_steps(where(tables["latent_shifts"], task=task, regime=regime))
@@ -117,7 +118,7 @@ def draw(
     style.letter_panels(axes)
     handles = style.arm_handles(list(looks))
     handles.append(style.handle("shuffled items", color=style.GREY, ls=":"))
-    note = f"{style.setting_line(task, regime)}. Maps: {style.arm_label(shown)} − before. "
+    note = f"{style.setting_line(task, regime)}. Maps: {arm_label(shown)} − before. "
     style.legend(figure, handles, note + style.seeds_note(*summaries))
     return figure
 
@@ -155,9 +156,7 @@ def _maps(
     return summary
 
 
-def _shifts(
-    ax: Axes, shifts: pd.DataFrame, looks: dict[str, style.ArmStyle], latents: list[str]
-) -> None:
+def _shifts(ax: Axes, shifts: pd.DataFrame, looks: dict[str, ArmStyle], latents: list[str]) -> None:
     """By how many layers later each latent is reached, on the rows of the maps."""
     summary = over_seeds(shifts, ["arm", "latent"])
     ax.axvline(0, color=style.GREY, lw=0.5, zorder=0)
@@ -181,9 +180,7 @@ def _shifts(
     ax.set_title("layers later")
 
 
-def _curves(
-    ax: Axes, rows: pd.DataFrame, looks: dict[str, style.ArmStyle], title: str
-) -> pd.DataFrame:
+def _curves(ax: Axes, rows: pd.DataFrame, looks: dict[str, ArmStyle], title: str) -> pd.DataFrame:
     ax.set_title(title)
     summary = over_seeds(rows, ["arm", "layer"])
     for arm, look in looks.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_label, arm_styles
 from figures.axes import hide_unused
 from figures.tables import Tables, arms_in, files_by_task, over_seeds, read_tables, where
 from mechinterp.arm_names import ADVANTAGES, kind_and_advantage
@@ -80,7 +81,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str, arms: Sequence[
     measures = [name for name in MEASURES if name in log and log[name].notna().any()]
     n_rows = -(-len(measures) // N_COLUMNS)
     figure, axes = style.grid(n_rows, N_COLUMNS, row_height=1.3)
-    looks, summaries = style.arm_styles(arms_in(log)), []
+    looks, summaries = arm_styles(arms_in(log)), []
     for ax, name in zip(axes.flat, measures, strict=False):
         measure = MEASURES[name]
         summaries.append(_panel(ax, _smoothed(log, name), looks, measure))
@@ -91,7 +92,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str, arms: Sequence[
     style.letter_panels(axes)
     kinds = {arm: kind_and_advantage(arm) for arm in looks}
     handles = [
-        style.handle(style.arm_label(kinds[arm][0]), color=look.color, linestyle=look.linestyle)
+        style.handle(arm_label(kinds[arm][0]), color=look.color, linestyle=look.linestyle)
         for arm, look in looks.items()
     ]
     (advantage,) = {each or "" for _, each in kinds.values()}
@@ -123,7 +124,7 @@ def _smoothed(log: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _panel(
-    ax: Axes, courses: pd.DataFrame, looks: dict[str, style.ArmStyle], measure: _Measure
+    ax: Axes, courses: pd.DataFrame, looks: dict[str, ArmStyle], measure: _Measure
 ) -> pd.DataFrame:
     """Means and their bands, on an axis that holds every seed's course."""
     from matplotlib.ticker import MaxNLocator

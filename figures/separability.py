@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles
 from figures.tables import (
     Tables,
     arms_in,
@@ -74,7 +75,7 @@ def draw(
         [MEASURES.get(o) == m for o, m in zip(curves["outcome"], curves["measure"], strict=True)]
     ]
     arms = arms_in(curves)
-    looks = style.arm_styles(arms)
+    looks = arm_styles(arms)
     figure, axes = style.grid(
         2, len(PANELS) + 1, row_height=1.6, width_ratios=[1.0] * len(PANELS) + [1.15]
     )
@@ -110,7 +111,7 @@ def draw(
     return figure
 
 
-def _random(ax: Axes, rows: pd.DataFrame, look: style.ArmStyle) -> None:
+def _random(ax: Axes, rows: pd.DataFrame, look: ArmStyle) -> None:
     draws = rows.groupby(["draw", "share"])["lost"].mean().unstack("draw")
     ax.plot(draws.index, draws.mean(axis=1), color=look.color, lw=0.6, zorder=1)
     ends = draws.min(axis=1), draws.max(axis=1)
@@ -120,7 +121,7 @@ def _random(ax: Axes, rows: pd.DataFrame, look: style.ArmStyle) -> None:
 def _indices(ax: Axes, rows: pd.DataFrame, arms: list[str]) -> list[pd.DataFrame]:
     for level in (0, 1):
         ax.axhline(level, color=style.GREY, lw=0.5, zorder=0)
-    looks, places = style.arm_styles(arms), np.arange(len(INDICES))
+    looks, places = arm_styles(arms), np.arange(len(INDICES))
     summaries = []
     for offset, arm in zip(np.linspace(-0.2, 0.2, len(arms)), arms, strict=True):
         summary = over_seeds(where(rows, arm=arm), ["index"])

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles
 from figures.axes import hide_unused, percent_axis
 from figures.tables import Tables, arms_in, costs_of, over_seeds, read_tables, where
 from mechinterp.arm_names import CONTROL
@@ -49,7 +50,7 @@ def draw(source: str | Path | Tables) -> Figure:
         sharex=True,
         sharey=True,
     )
-    looks = style.arm_styles(arms_in(changes))
+    looks = arm_styles(arms_in(changes))
     summaries = []
     for ax, task in zip(axes.flat, tasks, strict=False):
         panel = where(changes, task=task)
@@ -97,7 +98,7 @@ def _changes(measures: pd.DataFrame) -> pd.DataFrame:
     return both.assign(learning=100 * both["learning"])
 
 
-def _panel(ax: Axes, seeds: pd.DataFrame, look: style.ArmStyle) -> dict[str, pd.DataFrame]:
+def _panel(ax: Axes, seeds: pd.DataFrame, look: ArmStyle) -> dict[str, pd.DataFrame]:
     """One arm: its seeds and their mean, with the intervals of both measures."""
     ax.axhspan(-MARGIN, MARGIN, color=style.PALE, lw=0, zorder=0)
     ax.axvline(0, color=style.GREY, lw=0.5, zorder=0)

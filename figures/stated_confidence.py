@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from figures import style
+from figures.arm_styles import arm_label
 from figures.stated_reliability import READINGS
 from figures.tables import (
     Tables,
@@ -86,7 +87,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str) -> Figure:
             summaries.append(_panel(ax, rows, arms))
             look = {"color": style.GREY, "lw": 0.6, "zorder": 0}
             ax.axvline(measure.nothing, ls="--" if measure.nothing else "-", **look)
-        panels[0].set_yticks(range(len(arms)), [style.arm_label(arm) for arm in arms])
+        panels[0].set_yticks(range(len(arms)), [arm_label(arm) for arm in arms])
         panels[0].set_ylabel(style.wrap(f"questions: {asked}"))
     for ax, measure in zip(axes[-1], MEASURES.values(), strict=True):
         ax.set_xlabel(measure.title[0].upper() + measure.title[1:])

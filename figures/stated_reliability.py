@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_label
 from figures.axes import hide_unused
 from figures.tables import (
     Tables,
@@ -80,7 +81,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str) -> Figure:
     summaries = []
     for ax, arm in zip(axes.flat, arms, strict=False):
         summaries.append(_panel(ax, where(bins, arm=arm)))
-        ax.set_title(style.wrap(style.arm_label(arm), 24))
+        ax.set_title(style.wrap(arm_label(arm), 24))
     hide_unused(axes, len(arms))
     figure.supxlabel("Confidence", fontsize=7)
     figure.supylabel("Share of right answers", fontsize=7)
@@ -106,7 +107,7 @@ def _panel(ax: Axes, bins: pd.DataFrame) -> pd.DataFrame:
     summary = summary.merge(at.reset_index(), on=["reading", "bin"])
     for reading, each in READINGS.items():
         rows = where(summary, reading=reading)
-        look = style.ArmStyle(each.color, each.marker, "-", each.label)
+        look = ArmStyle(each.color, each.marker, "-", each.label)
         gaps = rows["bin"].sort_values().diff().ne(1).cumsum()
         for _, neighbours in rows.groupby(gaps):
             style.curve(ax, neighbours, "predicted", look, marker=None, lw=0.8)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles
 from figures.tables import Tables, arms_in, files_by_task, over_seeds, read_tables, where
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str) -> Figure:
     table = where(read_tables(source, NEEDS, task=task)["text_sources"], regime=regime)
     arms = arms_in(table)
     figure, axes = style.grid(2, 4, row_height=ROW * len(arms) + 0.45, margin=0.8, sharey=True)
-    looks, summaries = style.arm_styles(arms), []
+    looks, summaries = arm_styles(arms), []
     for row, panels in zip(axes, PANELS, strict=True):
         for ax, panel in zip(row, panels, strict=True):
             rows = where(table, source=panel.source, measure=panel.measure)
@@ -86,7 +87,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str) -> Figure:
     return figure
 
 
-def _dumbbells(ax: Axes, summary: pd.DataFrame, looks: dict[str, style.ArmStyle]) -> None:
+def _dumbbells(ax: Axes, summary: pd.DataFrame, looks: dict[str, ArmStyle]) -> None:
     ends = summary.pivot_table(index="arm", columns="reader", values="mean")
     for y, (arm, look) in enumerate(looks.items()):
         if arm in ends.index:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles, costs_label
 from figures.axes import percent_axis, step_axis
 from figures.tables import (
     FAMILIES,
@@ -73,12 +74,12 @@ def draw(
     for panels, (task, regime) in zip(axes, settings, strict=True):
         row = where(summary, task=task, regime=regime)
         for ax, (loss, costs) in zip(panels, columns, strict=True):
-            _panel(ax, where(row, loss=loss), costs, style.arm_styles(arms_in(losses)))
+            _panel(ax, where(row, loss=loss), costs, arm_styles(arms_in(losses)))
         source_rows = where(losses, task=task, regime=regime)
         unknown = "oracle_known" in source_rows and not source_rows["oracle_known"].all()
         panels[0].set_ylabel(style.setting_label(task, regime) + (" †" if unknown else ""))
     for ax, (loss, costs) in zip(axes[0], columns, strict=True):
-        ax.set_title(f"{loss} loss\n{style.costs_label(costs)}")
+        ax.set_title(f"{loss} loss\n{costs_label(costs)}")
     figure.supylabel("Loss (% of oracle − constant)", fontsize=7)
     if set(losses["regime"]) != {"pair"}:
         figure.supxlabel("Training step (logarithmic)", fontsize=7)
@@ -93,7 +94,7 @@ def _courses(losses: pd.DataFrame) -> pd.DataFrame:
     return losses[~losses["arm"].map(kinds).isin(FAMILIES["refits"])]
 
 
-def _panel(ax: Axes, summary: pd.DataFrame, costs: str, looks: dict[str, style.ArmStyle]) -> None:
+def _panel(ax: Axes, summary: pd.DataFrame, costs: str, looks: dict[str, ArmStyle]) -> None:
     """One loss at `costs`, on the scale of that loss at all costs."""
     above = np.inf if (summary["loss"] == "learning").all() else 100
     percent_axis(ax, "y", summary[["mean", "low", "high"]].to_numpy(), log_above=above)

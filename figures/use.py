@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from figures import style
+from figures.arm_styles import arm_styles
 from figures.axes import layer_axis
 from figures.tables import (
     Tables,
@@ -97,7 +98,7 @@ def draw(
 
 def _by_layer(ax: Axes, rows: pd.DataFrame, arms: list[str], column: str) -> list[pd.DataFrame]:
     """Differences of means with markers and intervals, the probe's gradient without."""
-    looks = style.arm_styles(arms)
+    looks = arm_styles(arms)
     summaries = []
     for arm in arms:
         own = where(rows, arm=arm)
@@ -109,7 +110,7 @@ def _by_layer(ax: Axes, rows: pd.DataFrame, arms: list[str], column: str) -> lis
 
 
 def _null(ax: Axes, rows: pd.DataFrame, arms: list[str]) -> None:
-    looks = style.arm_styles(arms)
+    looks = arm_styles(arms)
     ax.axhline(0, color=style.GREY, lw=0.5, zorder=0)
     for arm in arms:
         own = where(rows, arm=arm, kind=KIND).groupby("layer")[["null_low", "null_high"]].mean()
@@ -126,7 +127,7 @@ def _layer(rows: pd.DataFrame, arms: list[str]) -> int:
 
 
 def _responses(ax: Axes, rows: pd.DataFrame, arms: list[str], layer: int) -> None:
-    looks = style.arm_styles(arms)
+    looks = arm_styles(arms)
     ax.axhline(0, color=style.GREY, lw=0.5, zorder=0)
     for arm in arms:
         own = where(rows, arm=arm, layer=layer)

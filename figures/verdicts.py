@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from figures import style
+from figures.arm_styles import arm_label
 from figures.tables import Tables, arms_in, costs_of, read_tables, settings_in, where
 from mechinterp.errors import AnalysisError
 
@@ -98,7 +99,7 @@ def draw(source: str | Path | Tables, *, task: str, regime: str) -> Figure:
         arms = arms_in(rows)
         for ax, side in zip(row, (*SIDES, "verdict"), strict=True):
             _map(ax, rows, arms, steps, side)
-        row[0].set_yticks(range(len(arms)), [style.arm_label(arm) for arm in arms])
+        row[0].set_yticks(range(len(arms)), [arm_label(arm) for arm in arms])
         row[0].set_ylabel(name)
     for ax, title in zip(axes[0], ("Learning", "Choosing", "Verdict"), strict=True):
         ax.set_title(title)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from figures import style
+from figures.arm_styles import ArmStyle, arm_styles
 from figures.axes import percent_axis, step_axis
 from figures.claims import UNITS
 from figures.tables import (
@@ -93,7 +94,7 @@ def _draw_changes(table: pd.DataFrame, measures: Sequence[str], note: str) -> Fi
         sharex="row",
         sharey=True,
     )
-    looks, summaries = style.arm_styles(arms), []
+    looks, summaries = arm_styles(arms), []
     for panels, measure in zip(axes, measures, strict=True):
         unit = UNITS[f"change_{measure}"]
         rows = where(changes, measure=measure)
@@ -141,7 +142,7 @@ def _dots(
     points: pd.DataFrame,
     means: pd.DataFrame,
     arms: list[str],
-    looks: dict[str, style.ArmStyle],
+    looks: dict[str, ArmStyle],
 ) -> None:
     for y, arm in enumerate(arms):
         look, summary = looks[arm], where(means, arm=arm)
@@ -191,7 +192,7 @@ def _draw_course(table: pd.DataFrame, note: str) -> Figure:
             percent_axis(ax, "y", summary[["mean", "low", "high"]].to_numpy())
             step_axis(ax, summary["step"].unique().tolist())
             shifts = style.beside(arms)
-            for arm, look in style.arm_styles(arms).items():
+            for arm, look in arm_styles(arms).items():
                 rows = where(summary, problems=problems, arm=arm)
                 style.curve(ax, rows, "step", look, shift=shifts[arm], markersize=3)
         panels[0].set_ylabel(f"{advantage}\n" * (advantage is not None) + "right answers (%)")

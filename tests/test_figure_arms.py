@@ -14,6 +14,7 @@ from table_factory import STEPS, study_tables, write_tables
 
 import figures
 from figures import FIGURES, draw_all, style, tables
+from figures.arm_styles import arm_styles
 from figures.axes import hide_unused
 from figures.colormaps import diverging_map, sequential_map
 
@@ -102,7 +103,7 @@ def test_many_arms_stand_side_by_side():
     assert set(style.beside(arms[:4]).values()) == {0}
     figure, axes = style.grid(1, 2)
     summary = pd.DataFrame({"x": [1, 2], "mean": [0.0, 1.0], "low": [-1.0, 0.0], "high": 3.0})
-    (look,) = style.arm_styles(["focal"]).values()
+    (look,) = arm_styles(["focal"]).values()
     for ax, shift in zip(axes[0], (0, 6), strict=True):
         style.curve(ax, summary, "x", look, shift=shift)
     plain, moved = axes[0]
@@ -137,16 +138,16 @@ def test_many_arms_fit_for_print(many_arms, name):
 
 def test_an_arm_looks_the_same_everywhere(study):
     arms = [*study["losses"]["arm"].unique(), "after", "control"]
-    looks = style.arm_styles(arms)
+    looks = arm_styles(arms)
     distinct = [arm for arm in arms if arm != "before"]  # never beside the symmetric arm
     assert len({looks[arm].color for arm in distinct}) == len(distinct)
     assert len({looks[arm].marker for arm in distinct}) == len(distinct)
     for subset in itertools.combinations(arms, 2):
-        assert all(look == looks[arm] for arm, look in style.arm_styles(subset).items())
+        assert all(look == looks[arm] for arm, look in arm_styles(subset).items())
 
 
 def test_unknown_arms_get_looks_of_their_own():
-    looks = style.arm_styles(["symmetric", "logit_adjusted", "peculiar", "weighted_1.5"])
+    looks = arm_styles(["symmetric", "logit_adjusted", "peculiar", "weighted_1.5"])
     assert len({look.color for look in looks.values()}) == 4
     assert looks["logit_adjusted"].label == "logit adjusted"
 
@@ -154,13 +155,13 @@ def test_unknown_arms_get_looks_of_their_own():
 def test_arms_of_a_family_look_different():
     for kinds in tables.FAMILIES.values():
         serving = [f"{kind}_1.98" for kind in (*kinds, "ex_post")]
-        looks = style.arm_styles(["symmetric", "symmetric_reordered", *serving]).values()
+        looks = arm_styles(["symmetric", "symmetric_reordered", *serving]).values()
         assert len({look.color for look in looks}) == len(looks)
         assert len({look.marker for look in looks}) == len(looks)
 
 
 def test_milder_weights_are_paler():
-    strong, mild, mildest = style.arm_styles([f"dfr_{w}" for w in ("1.98", "1.8", "1.5")]).values()
+    strong, mild, mildest = arm_styles([f"dfr_{w}" for w in ("1.98", "1.8", "1.5")]).values()
     light = [lightness(np.array(to_rgb(look.color))) for look in (strong, mild, mildest)]
     assert (np.diff(light) > 5).all()
     assert strong.label == "DFR 1.98"

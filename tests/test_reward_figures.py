@@ -11,7 +11,8 @@ from reward_tables import POOLS, REWARDS, confidence_tables, writing_tables
 from scipy import stats
 from table_factory import write_tables
 
-from figures import FIGURES, rollouts, style, tables
+from figures import FIGURES, rollouts, tables
+from figures.arm_styles import arm_styles
 from mechinterp.errors import AnalysisError
 from mechinterp.kept_tables import LOGGED, keep_tables
 
@@ -228,14 +229,12 @@ def test_confidence_measures_by_arm_and_reading(confidence):
 def test_advantages_keep_the_hue_and_turn_the_marker():
     for kind in POOLS:
         arms = [f"{kind}_standardised", f"{kind}_centred", kind]
-        divided, centred, plain = style.arm_styles(arms).values()
+        divided, centred, plain = arm_styles(arms).values()
         assert divided.color == centred.color == plain.color
         assert divided.marker == plain.marker != centred.marker
         assert divided.linestyle != centred.linestyle
         assert centred.label == f"{plain.label}, centred"
-    every = style.arm_styles(
-        [f"{kind}_{way}" for kind in POOLS for way in ("standardised", "centred")]
-    )
+    every = arm_styles([f"{kind}_{way}" for kind in POOLS for way in ("standardised", "centred")])
     assert len({(look.marker, look.linestyle) for look in every.values()}) == 2 * len(POOLS)
 
 

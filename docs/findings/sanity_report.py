@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from figures import style
+from figures.arm_styles import arm_styles
 from figures.axes import percent_axis, step_axis
 from figures.tables import where
 
@@ -220,7 +221,7 @@ def draw(table: pd.DataFrame) -> Figure:
         len(weights), len(signals), width=5.0, row_height=1.6, sharex=True, sharey="row"
     )
     for panels, value in zip(axes, weights, strict=True):
-        arm = style.arm_styles([f"weighted_{value}"])[f"weighted_{value}"]
+        arm = arm_styles([f"weighted_{value}"])[f"weighted_{value}"]
         limits = 100 * where(share, weights=value)[["low", "high"]].to_numpy()
         for ax, signal in zip(panels, signals, strict=True):
             ax.axhline(0, color="black", lw=0.5, zorder=0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 import torch
 
@@ -61,7 +59,7 @@ def _logistic_regression_score(task: Task, spec: AnalysisSpec) -> float:
     classifier.fit(
         task.baseline_features(train).numpy(), train.labels.numpy(), groups=train.groups.numpy()
     )
-    log_p = classifier.predict_log_proba(task.baseline_features(test).numpy())
-    own = torch.from_numpy(log_p).gather(1, test.labels[:, None])
+    p = classifier.predict_proba(task.baseline_features(test).numpy())
+    own = torch.from_numpy(p).gather(1, test.labels[:, None])
     smallest = torch.finfo(own.dtype).eps  # certain and wrong, it would score -inf
-    return float(own.clamp_min(math.log(smallest)).mean())
+    return float(own.clamp_min(smallest).log().mean())

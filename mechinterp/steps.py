@@ -40,14 +40,14 @@ VERSIONS = {
     "writing": 1,
     "confidence": 2,
     "texts": 1,
-    "checkpoint": 5,
+    "checkpoint": 6,
     "gradients": 1,
     "recovery": 3,
-    "pair": 3,
+    "pair": 4,
     "competence": 2,
-    "reference": 1,
-    "lesion": 1,
-    "compare": 7,
+    "reference": 2,
+    "lesion": 2,
+    "compare": 8,
 }
 
 

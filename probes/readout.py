@@ -124,10 +124,14 @@ class _CrossFit:
         else:
             strengths = self.config.strengths
             corrections = [Affine(wanted.layer, strength) for strength in strengths]
-            # The report so far is a feature too, so that a better stream can also turn it down.
-            log_odds = offset[:, 1:] - offset[:, :1]
-            x = torch.cat([self.streams[wanted.layer].double(), log_odds], dim=1)
-            x = (x - x[train].mean(0)) / x[train].std(0).clamp_min(1e-8)
+            # The report so far is a feature too, so that a better stream can also turn it down: by a
+            # coefficient of -1, whatever its size, which a penalty on standardised log odds forbids
+            # where they are large.
+            stream, log_odds = self.streams[wanted.layer].double(), offset[:, 1:] - offset[:, :1]
+            x = torch.cat([stream, log_odds], dim=1)
+            spread = x[train].std(0).clamp_min(1e-8)
+            spread[stream.shape[1] :].clamp_max_(1.0)
+            x = (x - x[train].mean(0)) / spread
         n_strengths = len(strengths)
         weights = self.weights[train]
         fit = fit_softmax(

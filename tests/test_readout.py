@@ -62,6 +62,33 @@ def test_a_rotation_is_all_readout(world):
     assert oracle - head < 0.01
 
 
+@pytest.mark.parametrize("temperature", [0.03, 0.3, 3.0, 30.0, 300.0])
+def test_a_temperature_of_any_size_is_all_readout(world, temperature):
+    """Where the stream holds nothing else, the report itself must be turned up or down."""
+    s, labels, noise, _, folds, posterior = world
+    readouts = fit_readouts(as_logits(temperature * s), {1: noise}, weights_of(labels), folds)
+    raw, head = (score(readouts.logits[r], posterior) for r in ("raw", "head"))
+    oracle = score(as_logits(s), posterior)
+    assert oracle - raw > 0.05
+    assert oracle - head < 5e-3
+
+
+@pytest.mark.parametrize("temperature", [10.0, 100.0])
+def test_a_temperature_on_three_actions_is_all_readout(world, temperature):
+    _, _, noise, informed, folds, _ = world
+    report = torch.stack([informed[:, 2], -informed[:, 2], 0.5 * noise[:, 0]], 1)
+    p = report.softmax(1)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
+    utility = decisions.diagonal_utility([1.0, 1.0, 1.0])
+    weights = weights_of(labels, utility)
+    readouts = fit_readouts(temperature * report, {1: noise}, weights, folds)
+    raw, head = (score(readouts.logits[r], p, utility) for r in ("raw", "head"))
+    oracle = score(report, p, utility)
+    assert oracle - raw > 0.5
+    assert oracle - head < 0.01
+
+
 def test_what_only_an_earlier_layer_holds_is_discarded(world):
     s, labels, noise, informed, folds, posterior = world
     nothing = as_logits(torch.zeros_like(s))

@@ -54,7 +54,8 @@ define finding
 endef
 
 findings: $(READY)  ## hours: the pages of docs/findings, from nothing
-	$(call finding,utility_weighted,full,claims dissociation speed gradients incentives verdicts)
+	$(call finding,utility_weighted,full,\
+		claims dissociation speed gradients incentives verdicts crossing cross_checkpoint)
 	$(call finding,hard_samples,core,claims writing rollouts text_sources verdicts)
 	$(call finding,calibration,full,claims stated_confidence stated_reliability verdicts)
 

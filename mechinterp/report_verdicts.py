@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from figures.style import arm_label, costs_label, regime_label
+from figures.arm_styles import arm_label, costs_label
+from figures.style import regime_label
 from figures.tables import arms_in, costs_of, final_steps, settings_in, where
 from mechinterp.report_cells import (
     LOSSES,

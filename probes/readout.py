@@ -124,9 +124,9 @@ class _CrossFit:
         else:
             strengths = self.config.strengths
             corrections = [Affine(wanted.layer, strength) for strength in strengths]
-            # The report so far is a feature too, so that a better stream can also turn it down: by a
-            # coefficient of -1, whatever its size, which a penalty on standardised log odds forbids
-            # where they are large.
+            # The report so far is a feature too, so that a better stream can also turn it down: by
+            # a coefficient of -1, whatever its size, which a penalty on standardised log odds
+            # forbids where they are large.
             stream, log_odds = self.streams[wanted.layer].double(), offset[:, 1:] - offset[:, :1]
             x = torch.cat([stream, log_odds], dim=1)
             spread = x[train].std(0).clamp_min(1e-8)

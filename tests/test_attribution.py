@@ -572,10 +572,11 @@ def test_every_map_says_how_far_it_agrees_with_exact_patches(grain, direction):
     assert found.trust.pearson == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-4)
     assert found.trust.spearman == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-4)
     assert np.isnan([found.trust.miss_rate, found.trust.miss_low]).all()  # nothing was selected
-    draw = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
-    few = [attribute(model("llama"), **options, n_exact=5, generator=g).trust for g in draw]
-    assert few[0].n_exact == 5
-    assert few[0].pearson == few[1].pearson != few[2].pearson
+    draw = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1, 2, 3)]
+    few = [attribute(model("llama"), **options, n_exact=4, generator=g).trust for g in draw]
+    assert few[0].n_exact == 4
+    assert few[0].pearson == few[1].pearson
+    assert len({trust.pearson for trust in few}) > 1  # of six cells two seeds may draw the same
 
 
 def test_maps_tables_and_plots_carry_the_trust():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from figures.tables import final_steps
 from mechinterp import files
 from mechinterp.arm_verdicts import adjust_verdicts
 from mechinterp.assemble import in_order
@@ -35,11 +36,6 @@ def _rewarded(training: pd.DataFrame) -> pd.DataFrame:
         return training.head(0)
     logged = [column for column in LOGGED if column in training]
     return training.loc[training["reward"].notna(), keys + logged]
-
-
-def _ends(table: pd.DataFrame) -> pd.DataFrame:
-    last = table.groupby(["task", "regime", "arm"])["step"].transform("max")
-    return table[table["step"] == last]
 
 
 def _as_they_are(crossing: pd.DataFrame) -> pd.DataFrame:
@@ -76,8 +72,8 @@ KEPT: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "writing": _everything,
     "training": _rewarded,
     "text_sources": _everything,
-    "stated_confidence": _ends,
-    "stated_reliability": _ends,
+    "stated_confidence": final_steps,
+    "stated_reliability": final_steps,
 }
 
 

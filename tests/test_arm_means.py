@@ -44,6 +44,6 @@ def test_only_where_an_arm_ends():
             for step in (0, end)
         ]
     )
-    found = arm_means.means(arm_means.at_the_end(table), None)
+    found = arm_means.means(arm_means.final_steps(table), None)
     assert found["mean"].tolist() == [10.5, 100.5]
     assert found["smallest"].tolist() == [10, 100]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from figures.tables import final_steps
 from mechinterp.files import read_table
 from mechinterp.statistics import t_interval
 
@@ -29,16 +30,12 @@ def main() -> None:
     parser.add_argument("--against", help="an arm that the others are compared with, seed by seed")
     options = parser.parse_args()
     table = read_table(options.tables / f"{options.table}.parquet")
-    rows = at_the_end(table[table["measure"] == options.measure])
+    rows = table[table["measure"] == options.measure]
     if rows.empty:
         parser.error(f"no {options.measure!r}; there are {', '.join(table['measure'].unique())}")
+    if "step" in rows:
+        rows = final_steps(rows)
     print(means(rows, options.against).to_string(float_format="{:+.3f}".format, sparsify=False))
-
-
-def at_the_end(table: pd.DataFrame) -> pd.DataFrame:
-    if "step" not in table:
-        return table
-    return table[table["step"] == table.groupby(["task", "regime", "arm"])["step"].transform("max")]
 
 
 def means(rows: pd.DataFrame, against: str | None) -> pd.DataFrame:
